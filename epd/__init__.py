@@ -1,0 +1,17 @@
+"""Solver maths of the EPD family: tables, time grids, solvers as coroutines, and the driver. numpy only."""
+
+from . import schedule, solvers
+from .solve import Points, State, Step, solve, together
+from .table import Table, start_table
+
+__all__ = [
+    "Points",
+    "State",
+    "Step",
+    "Table",
+    "schedule",
+    "solve",
+    "solvers",
+    "start_table",
+    "together",
+]

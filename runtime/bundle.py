@@ -1,0 +1,408 @@
+"""The bundle: a folder of ONNX graphs and the facts a runtime needs about them. Read, checked, written.
+
+A bundle is a diffusers-ONNX folder as Optimum lays it out, with one more file, `bundle.json`, that holds our own facts.
+A folder without that file (Optimum's) is described from its configurations alone. Knows nothing of ONNX Runtime,
+of tensors or of pictures; the exporter writes bundles through it and the runtime reads them through it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from .errors import BundleError as BundleError
+
+FORMAT = 1
+FILE = "bundle.json"
+
+Family = Literal["sd3", "sd15"]
+_FAMILIES: dict[str, Family] = {"StableDiffusion3Pipeline": "sd3", "StableDiffusionPipeline": "sd15"}
+BACKBONE: dict[Family, str] = {"sd3": "transformer", "sd15": "unet"}
+REQUIRED: dict[Family, tuple[str, ...]] = {
+    "sd3": ("text_encoder", "text_encoder_2", "transformer", "vae_decoder"),
+    "sd15": ("text_encoder", "unet", "vae_decoder"),
+}
+# Where a checkpoint says nothing: what diffusers and Optimum draw with by default.
+_STEPS: dict[Family, int] = {"sd3": 28, "sd15": 50}
+_GUIDANCE: dict[Family, float] = {"sd3": 7.0, "sd15": 7.5}
+_T5_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A declared graph input or output."""
+
+    name: str
+    dtype: str  # numpy's name: float32, float16, int64, ...
+    shape: tuple[int | str, ...]  # a string names a dynamic axis
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A file of the bundle."""
+
+    path: str  # relative to the bundle, forward slashes
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Largest difference from torch over the component's outputs, relative to each output's largest magnitude."""
+
+    rows: tuple[int, ...]  # the row counts tried, each with a different timestep per row where there is one
+    error: float
+    tolerance: float  # above it the export fails
+
+
+@dataclass(frozen=True)
+class Component:
+    """One graph: its files, what it was exported as, what it takes and gives."""
+
+    graph: str  # path of the .onnx file, relative to the bundle
+    files: tuple[Stored, ...]
+    precision: str  # fp32 | fp16
+    opset: int
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    parity: Parity | None = None  # None: exported with the check switched off, or not by us
+    rows: tuple[int, ...] = ()  # row counts of a static graph; empty: the row axis is dynamic
+    macs: Mapping[str, int] = field(default_factory=dict)  # node name -> multiply-accumulates for one row
+
+
+@dataclass(frozen=True)
+class Latent:
+    """The latent space. A picture of height x width has (channels, height / factor, width / factor) latents."""
+
+    channels: int
+    factor: int  # pixels per latent, each axis
+    patch: int  # latents per token of the backbone, each axis (1 for a UNet)
+    scaling: float  # latent = (vae - shift) * scaling
+    shift: float
+    down: int = 1  # the backbone halves its latents this many times over: sizes must divide by factor * patch * down
+
+
+@dataclass(frozen=True)
+class Text:
+    """How prompts become conditioning."""
+
+    clip_tokens: int
+    t5_tokens: int = 0  # SD3: T5's tokens, zero vectors where there is no T5
+    joint_width: int = 0  # SD3: width of a conditioning token, to which CLIP's are zero-padded
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What `generate` does when told nothing."""
+
+    height: int | None  # pixels; None: any size
+    width: int | None
+    guidance: float
+    steps: int
+    solver: str = "euler"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights came from."""
+
+    id: str
+    revision: str | None = None
+    random_weights: bool = False  # True: an architecture without its training; its pictures mean nothing
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What `bundle.json` holds, beside its format version."""
+
+    family: Family
+    name: str
+    source: Source
+    prediction: Literal["epsilon", "flow"]
+    schedule: Mapping[str, Any]  # the scheduler's configuration, as diffusers writes it
+    latent: Latent
+    text: Text
+    defaults: Defaults
+    components: Mapping[str, Component] = field(default_factory=dict)
+    tables: tuple[
+        str, ...
+    ] = ()  # solver tables that belong to it, paths relative to the bundle; the first is the default
+    exported_by: Mapping[str, str] = field(default_factory=dict)  # package -> version
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A folder and its facts. `foreign`: there was no bundle.json, the facts come from configurations."""
+
+    folder: Path
+    facts: Facts
+    foreign: bool = False
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Bundle:
+        """Reads a bundle, or a folder that Optimum exported, and checks sizes of files (hashes: `verify`).
+
+        Raises
+        ------
+        BundleError
+            If the folder is none, its format is unknown, a file is missing or has another size than was written.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise BundleError(f"{folder}: no such folder; give a bundle made by `python -m export MODEL -o DIR`")
+        if not (folder / FILE).exists():
+            return cls(folder, _foreign_facts(folder), foreign=True)
+        bundle = cls(folder, read_facts(folder / FILE))
+        for component in bundle.facts.components.values():
+            for stored in component.files:
+                bundle._check_size(stored)
+        return bundle
+
+    @property
+    def backbone(self) -> str:
+        """Name of the component that is called at every step."""
+        return BACKBONE[self.facts.family]
+
+    def graph(self, component: str) -> Path:
+        """Path of a component's graph.
+
+        Raises
+        ------
+        BundleError
+            If the bundle has no such component.
+        """
+        if component not in self.facts.components:
+            have = ", ".join(self.facts.components) or "none"
+            raise BundleError(
+                f"{self.folder}: no {component} in this bundle (it has: {have}); export it with "
+                f"`python -m export {self.facts.source.id} --components {component}`"
+            )
+        return self.folder / self.facts.components[component].graph
+
+    def require(self, *components: str) -> None:
+        """Raises BundleError for the first of `components` that is missing."""
+        for component in components:
+            self.graph(component)
+
+    def sample_size(self) -> tuple[int | None, int | None]:
+        """Height and width in pixels that the backbone's configuration names, which diffusers draws by default."""
+        size = _config(self.folder, f"{self.backbone}/config.json").get("sample_size")
+        height, width = size if isinstance(size, list) else (size, size)
+        factor = self.facts.latent.factor
+        return height and height * factor, width and width * factor
+
+    def verify(self) -> None:
+        """Compares the SHA-256 of every file with the one it was written with: reads the whole bundle.
+
+        Raises
+        ------
+        BundleError
+            For the first file that differs.
+        """
+        for component in self.facts.components.values():
+            for stored in component.files:
+                self._check_size(stored)
+                if stored.sha256 and sha256(self.folder / stored.path) != stored.sha256:
+                    raise BundleError(
+                        f"{self.folder / stored.path}: SHA-256 differs from bundle.json: "
+                        "the file was changed or damaged; export or copy the bundle again"
+                    )
+
+    def fingerprint(self) -> str | None:
+        """SHA-256 of bundle.json, which holds those of all other files; None for a foreign folder."""
+        return None if self.foreign else sha256(self.folder / FILE)
+
+    def _check_size(self, stored: Stored) -> None:
+        path = self.folder / stored.path
+        if not path.is_file():
+            raise BundleError(f"{path}: missing; export or copy the bundle again")
+        if path.stat().st_size != stored.bytes:
+            raise BundleError(
+                f"{path}: {path.stat().st_size} bytes where bundle.json says {stored.bytes}: "
+                "truncated or replaced; export or copy the bundle again"
+            )
+
+
+def describe(
+    folder: Path, name: str, source: Source, defaults: Defaults | None = None, t5_tokens: int = _T5_TOKENS
+) -> Facts:
+    """The facts that configurations alone give: of a diffusers checkpoint, or of a folder Optimum exported.
+
+    Reads model_index.json and the config.json of scheduler, backbone, VAE (`vae` or `vae_decoder`) and tokenizer.
+
+    Raises
+    ------
+    BundleError
+        If the folder is no checkpoint of the two families, or one of those files is missing.
+    """
+    family = family_of(folder)
+    schedule = _config(folder, "scheduler/scheduler_config.json")
+    backbone = _config(folder, f"{BACKBONE[family]}/config.json")
+    vae = _config(folder, *(f"{part}/config.json" for part in ("vae", "vae_decoder")))
+    tokens = min(
+        _config(folder, f"{part}/tokenizer_config.json").get("model_max_length", 77)
+        for part in (("tokenizer", "tokenizer_2") if family == "sd3" else ("tokenizer",))
+    )
+    latent = Latent(
+        channels=backbone["in_channels"],
+        factor=2 ** (len(vae["block_out_channels"]) - 1),
+        patch=backbone.get("patch_size", 1) if family == "sd3" else 1,
+        scaling=vae.get("scaling_factor") or (0.18215 if family == "sd15" else 1.0),
+        shift=vae.get("shift_factor") or 0.0,
+        down=1 if family == "sd3" else 2 ** (len(backbone["block_out_channels"]) - 1),
+    )
+    prediction: Literal["epsilon", "flow"] = "flow" if family == "sd3" else "epsilon"
+    if family == "sd15" and schedule.get("prediction_type", "epsilon") != "epsilon":
+        raise BundleError(
+            f"{folder}: prediction type {schedule['prediction_type']!r}; only epsilon is supported for SD 1.5"
+        )
+    return Facts(
+        family=family,
+        name=name,
+        source=source,
+        prediction=prediction,
+        schedule={key: value for key, value in schedule.items() if not key.startswith("_diffusers")},
+        latent=latent,
+        text=Text(tokens, t5_tokens, backbone["joint_attention_dim"]) if family == "sd3" else Text(tokens),
+        defaults=defaults or Defaults(None, None, _GUIDANCE[family], _STEPS[family]),
+    )
+
+
+def family_of(folder: Path) -> Family:
+    """Family of a checkpoint, from its model_index.json; BundleError if it is none of ours."""
+    index = _config(folder, "model_index.json")
+    kind = str(index.get("_class_name", "")).removeprefix("ORT").removeprefix("Onnx")
+    if kind not in _FAMILIES:
+        raise BundleError(f"{folder}: a {kind or 'folder of no named pipeline'}; supported are {', '.join(_FAMILIES)}")
+    return _FAMILIES[kind]
+
+
+def read_facts(file: Path) -> Facts:
+    """Reads and validates a bundle.json; BundleError names the field that is wrong."""
+    content = _load_json(file)
+    if content.get("format") != FORMAT:
+        raise BundleError(
+            f"{file}: format {content.get('format')!r}, this program reads {FORMAT}; "
+            "export again, or use the version that wrote it"
+        )
+    content = {key: value for key, value in content.items() if key != "format"}
+    facts: Facts = _parse(Facts, content, file, "")
+    for component in facts.components.values():
+        for path in [component.graph, *(stored.path for stored in component.files)]:
+            _check_inside(file, path)
+    for path in facts.tables:
+        _check_inside(file, path)
+    return facts
+
+
+def write_facts(folder: Path, facts: Facts) -> None:
+    """Writes bundle.json, to a temporary name first."""
+    partial = folder / (FILE + ".partial")
+    partial.write_text(json.dumps({"format": FORMAT} | asdict(facts), indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, folder / FILE)
+
+
+def sha256(file: Path) -> str:
+    """Hexadecimal SHA-256 of a file's content."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _foreign_facts(folder: Path) -> Facts:
+    if not (folder / "model_index.json").exists():
+        raise BundleError(
+            f"{folder}: neither {FILE} nor model_index.json: no bundle; make one with `python -m export MODEL -o DIR`"
+        )
+    facts = describe(folder, folder.resolve().name, Source(str(folder)))
+    graphs = sorted(folder.glob("*/model.onnx"))
+    components = {
+        path.parent.name: Component(path.relative_to(folder).as_posix(), (), "unknown", 0, (), ()) for path in graphs
+    }
+    if not components:
+        raise BundleError(f"{folder}: a checkpoint, not a bundle; export it with `python -m export {folder} -o DIR`")
+    return Facts(**{entry.name: getattr(facts, entry.name) for entry in fields(Facts)} | {"components": components})
+
+
+def _config(folder: Path, *candidates: str) -> dict[str, Any]:
+    for candidate in candidates:
+        if (folder / candidate).is_file():
+            return _load_json(folder / candidate)
+    raise BundleError(f"{folder}: {candidates[0]} is missing; give a whole diffusers folder")
+
+
+def _load_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BundleError(f"{file}: not valid JSON ({error}); the file is damaged") from None
+    if not isinstance(content, dict):
+        raise BundleError(f"{file}: holds {type(content).__name__}, not an object; the file is damaged")
+    return content
+
+
+def _check_inside(file: Path, path: str) -> None:
+    pure = PurePosixPath(path)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in path or ":" in path:
+        raise BundleError(f"{file}: the path {path!r} leads out of the bundle")
+
+
+def _parse(kind: Any, value: Any, file: Path, where: str) -> Any:
+    """`value`, as read from JSON, as a `kind`: a dataclass, tuple, mapping, union, literal or plain type."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if is_dataclass(kind):
+        return _parse_object(kind, _expect(dict, value, file, where), file, where)
+    if origin is Literal:
+        if value not in arguments:
+            raise _wrong(value, f"one of {', '.join(map(str, arguments))}", file, where)
+        return value
+    if origin in (Union, types.UnionType):
+        return _parse_union(arguments, value, file, where)
+    if origin is tuple:
+        items = _expect(list, value, file, where)
+        return tuple(_parse(arguments[0], item, file, f"{where}[{index}]") for index, item in enumerate(items))
+    if origin is not None:  # Mapping[str, X]
+        items = _expect(dict, value, file, where)
+        return {key: _parse(arguments[1], item, file, f"{where}.{key}") for key, item in items.items()}
+    if kind is float and type(value) is int:
+        return float(value)
+    return value if kind is Any else _expect(kind, value, file, where)
+
+
+def _parse_object(kind: Any, value: dict[str, Any], file: Path, where: str) -> Any:
+    hints = get_type_hints(kind)
+    unknown = set(value) - set(hints)
+    needed = {entry.name for entry in fields(kind) if entry.default is MISSING and entry.default_factory is MISSING}
+    if unknown or needed - set(value):
+        what = f"unknown field {min(unknown)!r}" if unknown else f"missing field {min(needed - set(value))!r}"
+        raise BundleError(f"{file}: {what} in {where or 'the file'}")
+    return kind(
+        **{name: _parse(hints[name], item, file, f"{where}.{name}".lstrip(".")) for name, item in value.items()}
+    )
+
+
+def _parse_union(options: tuple[Any, ...], value: Any, file: Path, where: str) -> Any:
+    if value is None and type(None) in options:
+        return None
+    *others, last = [option for option in options if option is not type(None)]
+    for option in others:
+        try:
+            return _parse(option, value, file, where)
+        except BundleError:
+            continue
+    return _parse(last, value, file, where)
+
+
+def _expect(kind: Any, value: Any, file: Path, where: str) -> Any:
+    if type(value) is not kind:
+        raise _wrong(value, {dict: "an object", list: "a list"}.get(kind, kind.__name__), file, where)
+    return value
+
+
+def _wrong(value: Any, expected: str, file: Path, where: str) -> BundleError:
+    return BundleError(f"{file}: {where or 'content'} is {value!r:.60}, expected {expected}")

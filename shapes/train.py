@@ -8,8 +8,9 @@ Every run resumes from its last checkpoint (weights, running average and optimis
 ends with one; a run that is cut short is a shorter training, never a lost one.
 
 Differences from the published recipes: the text encoders are trained jointly from nothing (SD freezes pretrained ones);
-the autoencoder has no adversarial or perceptual loss; batches are drawn by step number, so that a resumed run sees the
-pictures an uninterrupted one would have seen; bfloat16 autocast on CPU.
+the autoencoder has no adversarial or perceptual loss; shapes-sd15 weighs its loss by min-SNR-5 (Hang et al. 2023);
+batches are drawn by step number, so that a resumed run sees the pictures an uninterrupted one would have seen;
+bfloat16 autocast on CPU.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Recipe:
 RECIPES = {
     "vae": Recipe(steps=4000, batch=32, learning_rate=2e-3, average=0.995),
     "sd3": Recipe(steps=4000, batch=64, learning_rate=1e-3, average=0.999),
-    "sd15": Recipe(steps=4000, batch=64, learning_rate=8e-4, average=0.999),
+    "sd15": Recipe(steps=2400, batch=64, learning_rate=1e-3, average=0.998),
 }
 
 
@@ -260,7 +261,8 @@ def sd15_loss(modules: nn.ModuleDict, texts: Texts, work: Path, recipe: Recipe) 
         signal = alpha_bar[t].view(-1, 1, 1, 1)
         text = modules["text_encoder"](texts.batch(rows, dice)).last_hidden_state
         epsilon = modules["unet"](signal.sqrt() * clean + (1 - signal).sqrt() * noise, t, text).sample
-        return (epsilon.float() - noise).square().mean()
+        weight = (5 * (1 - signal) / signal).clamp(max=1)  # min(SNR, 5) / SNR
+        return (weight * (epsilon.float() - noise).square()).mean()
 
     return loss
 

@@ -1,0 +1,156 @@
+"""python -m export MODEL: from a diffusers checkpoint to a bundle."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from runtime.bundle import BundleError
+
+from . import ExportError, checkpoint, plan, worker, write
+
+_T5_NONE = (
+    "no T5 (--t5 none): 9.5 GB less, but long prompts are followed less closely and lettering in pictures is "
+    "lost; give --t5 fp16 for the whole model"
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    names = ", ".join([*checkpoint.PUBLISHED, *checkpoint.OURS])
+    arguments = argparse.ArgumentParser(
+        "python -m export", description="Turns a diffusers checkpoint into a bundle of ONNX graphs."
+    )
+    add = arguments.add_argument
+    add("model", metavar="MODEL", help=f"{names}, a diffusers folder, or a hub id")
+    add("-o", "--output", type=Path, metavar="DIR", help="the bundle (default: bundles/NAME)")
+    add("--components", nargs="+", metavar="NAME", help="only these, such as unet or vae_decoder (default: all)")
+    add("--height", type=int, help="pixels (default: what the model was trained at)")
+    add("--width", type=int, help="pixels")
+    add(
+        "-k",
+        "--directions",
+        type=int,
+        default=2,
+        metavar="K",
+        help="points per step; parity is tried at 2 and 2 K rows (default: 2)",
+    )
+    add(
+        "--dtype",
+        choices=("fp32", "fp16"),
+        default="fp32",
+        help="fp16: backbone computes in fp16; encoders and VAE keep fp16 weights, and compute in fp32",
+    )
+    add(
+        "--t5", choices=("none", "fp16"), default="none", help="Stable Diffusion 3's third text encoder (default: none)"
+    )
+    add("--opset", type=int, choices=plan.OPSETS, default=plan.OPSET, help="of the graphs (default: %(default)s)")
+    add("--revision", help="branch, tag or commit on the hub")
+    add("--variant", help="weight files to take, such as fp16")
+    add("--cache-dir", metavar="DIR", help="where downloads are kept (default: HF_HOME)")
+    add("--offline", action="store_true", help="take only what was downloaded before")
+    add("--random-weights", action="store_true", help="the architecture without its weights, for measuring a machine")
+    add("--dry-run", action="store_true", help="say what it would take of disk and memory, and stop")
+    add("--overwrite", action="store_true", help="replace the bundle that is there")
+    add("--json", action="store_true", help="print one JSON object on standard output")
+    return arguments
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        with tempfile.TemporaryDirectory(prefix="export-") as scratch:
+            report = run(given, Path(scratch))
+    except (ExportError, BundleError) as error:
+        print(f"export: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("export: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    if given.json:
+        print(json.dumps(report))
+    return 0
+
+
+def run(given: argparse.Namespace, scratch: Path) -> dict[str, object]:
+    """What the arguments ask for; the report that --json prints."""
+    started = time.perf_counter()
+    if given.directions < 1:
+        raise ExportError(f"-k {given.directions}: at least one direction is needed")
+    if given.output and not given.dry_run:
+        write.check_target(given.output, given.overwrite)
+    hub = checkpoint.Hub(given.revision, given.cache_dir, given.offline)
+    source = (
+        checkpoint.random(given.model, scratch / given.model)
+        if given.random_weights
+        else checkpoint.find(given.model, hub, given.variant)
+    )
+    planned = plan.make(
+        source,
+        plan.Options(
+            tuple(given.components) if given.components else None,
+            given.height,
+            given.width,
+            given.directions,
+            given.dtype,
+            given.t5,
+            given.opset,
+        ),
+    )
+    target = given.output or Path("bundles") / source.name
+    if planned.facts.family == "sd3" and not planned.t5 and given.model not in checkpoint.OURS:
+        say(_T5_NONE)
+    if given.random_weights:
+        say("random weights: the bundle measures a machine, its pictures mean nothing")
+    if given.dry_run:
+        return dry_run(planned, target)
+    write.check_target(target, given.overwrite)
+    source.fetch(tuple(planned.precisions))
+    written = write.write(planned, target, given.overwrite, say)
+    seconds = time.perf_counter() - started
+    peak = max(worker.peak_rss(), *(max(one.export_rss_bytes, one.parity_rss_bytes) for one in written.values()))
+    say(f"{target}: {planned.width}x{planned.height}, {seconds:.0f} s, peak memory {peak / 1e9:.1f} GB in one process")
+    return {
+        "bundle": str(target),
+        "components": [
+            {
+                "component": name,
+                "file": one.component.graph,
+                "bytes": sum(stored.bytes for stored in one.component.files),
+                "precision": one.component.precision,
+                "parity": vars(one.component.parity),
+                "seconds": one.seconds,
+                "export_rss_bytes": one.export_rss_bytes,
+                "parity_rss_bytes": one.parity_rss_bytes,
+            }
+            for name, one in written.items()
+        ],
+        "seconds": seconds,
+        "peak_rss_bytes": peak,
+    }
+
+
+def dry_run(planned: plan.Plan, target: Path) -> dict[str, object]:
+    predicted = plan.predict(planned)
+    for name, one in predicted.items():
+        say(
+            f"{name}: {planned.precisions[name]}, {one['disk_bytes'] / 1e9:.2f} GB of disk, memory about "
+            f"{one['export_ram_bytes'] / 1e9:.1f} GB to export, {one['parity_ram_bytes'] / 1e9:.1f} GB for parity"
+        )
+    disk = sum(one["disk_bytes"] for one in predicted.values())
+    ram = max(max(one["export_ram_bytes"], one["parity_ram_bytes"]) for one in predicted.values())
+    say(f"{target}: {disk / 1e9:.2f} GB of disk, memory about {ram / 1e9:.1f} GB; nothing was written")
+    return {"bundle": str(target), "components": predicted, "disk_bytes": disk, "ram_bytes": ram}
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""ONNX graphs: traced from a torch module, saved over one data file, their multiply-accumulates counted.
+
+Knows nothing of Stable Diffusion.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from runtime.bundle import Tensor
+
+DATA = "model.onnx_data"  # the external data file, beside the graph
+INLINE = 1024  # bytes: smaller tensors stay in the graph
+
+
+def trace(
+    module: nn.Module, inputs: Sequence[Tensor], outputs: Sequence[Tensor], samples: Sequence[np.ndarray], opset: int
+) -> ir.Model:
+    """Traces a module with torch's dynamo exporter. A string in a declared shape becomes a dynamic axis of that name.
+
+    `samples` need at least 2 entries on a dynamic axis, for dynamo takes 1 for a constant.
+    """
+    axes = {name: torch.export.Dim(name) for tensor in inputs for name in tensor.shape if isinstance(name, str)}
+    shapes = tuple({i: axes[n] for i, n in enumerate(tensor.shape) if isinstance(n, str)} for tensor in inputs)
+    program = torch.onnx.export(
+        module,
+        tuple(torch.from_numpy(sample) for sample in samples),
+        input_names=[tensor.name for tensor in inputs],
+        output_names=[tensor.name for tensor in outputs],
+        dynamic_shapes=(shapes,),
+        opset_version=opset,
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    return program.model
+
+
+def save(model: ir.Model, path: Path) -> None:
+    """Writes a graph and, beside it, its weights in one file."""
+    ir.save(model, path, external_data=DATA, size_threshold_bytes=INLINE)
+
+
+def save_sharing(model: ir.Model, path: Path, other: Path) -> None:
+    """Writes a graph that takes from the data file of `other`, in the same folder, every weight both hold alike."""
+    stored = ir.load(other).graph.initializers
+    for name, value in model.graph.initializers.items():
+        have = stored[name].const_value if name in stored else None
+        if isinstance(have, ir.ExternalTensor) and np.array_equal(have.numpy(), value.const_value.numpy()):
+            value.const_value = have
+    ir.save(model, path)
+
+
+def declared(model: ir.Model) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Inputs and outputs, as the graph declares them."""
+
+    def tensor(value: ir.Value) -> Tensor:
+        shape = tuple(n if isinstance(n, int) else str(n.value) for n in value.shape)
+        return Tensor(value.name, value.dtype.numpy().name, shape)
+
+    return tuple(map(tensor, model.graph.inputs)), tuple(map(tensor, model.graph.outputs))
+
+
+def macs(model: ir.Model, axis: str) -> dict[str, int]:
+    """Multiply-accumulates of each Conv, MatMul, Gemm and Attention node, the dynamic axis `axis` taken as 1.
+
+    Of Attention the two products are counted, scores and their sum over values, without masks.
+    """
+    counts = {}
+    for node in model.graph:
+        if node.op_type in _COUNT:
+            counts[node.name] = _COUNT[node.op_type](node, axis)
+    return counts
+
+
+def _shape(value: ir.Value, axis: str) -> list[int]:
+    """Shape with the dynamic axis as 1; products such as `8*rows` are understood."""
+    if value.shape is None:
+        raise ValueError(f"{value.name} has no shape: its multiply-accumulates cannot be counted")
+    sizes = []
+    for size in value.shape:
+        factors = [1 if part == axis else int(part) for part in str(size).replace(" ", "").strip("()").split("*")]
+        sizes.append(math.prod(factors))
+    return sizes
+
+
+def _conv(node: ir.Node, axis: str) -> int:
+    return math.prod(_shape(node.outputs[0], axis)) * math.prod(_shape(node.inputs[1], axis)[1:])
+
+
+def _matmul(node: ir.Node, axis: str) -> int:
+    return math.prod(_shape(node.outputs[0], axis)) * _shape(node.inputs[0], axis)[-1]
+
+
+def _gemm(node: ir.Node, axis: str) -> int:
+    transposed = "transA" in node.attributes and node.attributes["transA"].as_int()
+    return math.prod(_shape(node.outputs[0], axis)) * _shape(node.inputs[0], axis)[0 if transposed else 1]
+
+
+def _attention(node: ir.Node, axis: str) -> int:
+    """Query (rows, heads, L, D) or (rows, L, heads D), key and value alike with S for L."""
+    query, key, value = (_shape(tensor, axis) for tensor in node.inputs[:3])
+    if len(query) == 3:
+        heads = node.attributes["q_num_heads"].as_int()
+        share = heads // node.attributes["kv_num_heads"].as_int()
+        return query[0] * query[1] * key[1] * (query[2] + value[2] * share)
+    return query[0] * query[1] * query[2] * key[2] * (query[3] + value[3])
+
+
+_COUNT = {"Conv": _conv, "MatMul": _matmul, "Gemm": _gemm, "Attention": _attention}

@@ -1,0 +1,147 @@
+"""What an export will do, decided and checked before anything is written: components, precisions, size, memory, disk.
+
+Knows torch only to count parameters (`predict`).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from runtime.bundle import BACKBONE, Defaults, Facts, describe
+
+from . import ExportError
+from .checkpoint import Checkpoint, read_config
+
+OPSET = 23  # the first with Attention, so that one node is one attention; ONNX Runtime's CPU kernels have it since 1.23
+OPSETS = (18, 20, 21, 23)
+TRIAL = (16, 24)  # latent height and width that parity is tried at, where the picture is larger
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user may choose."""
+
+    components: tuple[str, ...] | None = None  # None: all there are
+    height: int | None = None  # pixels; None: the size the checkpoint was trained at
+    width: int | None = None
+    directions: int = 2  # K: parity is tried at 2 and at 2 K rows
+    dtype: str = "fp32"  # fp32 | fp16
+    t5: str = "none"  # none | fp16
+    opset: int = OPSET
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be exported."""
+
+    checkpoint: Checkpoint
+    facts: Facts  # without components
+    precisions: dict[str, str]  # component -> precision, in the order of export
+    height: int  # pixels
+    width: int
+    directions: int
+    opset: int
+    t5: bool
+
+
+def make(checkpoint: Checkpoint, options: Options) -> Plan:
+    """Checks what the user chose against what the checkpoint is.
+
+    Raises
+    ------
+    BundleError, ExportError
+        If the folder is no checkpoint, a component is missing, or a size does not fit.
+    """
+    folder = checkpoint.folder
+    settings = {}
+    if (folder / "shapes.json").is_file():
+        settings = json.loads((folder / "shapes.json").read_text(encoding="utf-8"))
+    facts = describe(folder, checkpoint.name, checkpoint.source, t5_tokens=settings.get("t5_tokens", 256))
+    t5 = options.t5 != "none"
+    if t5 and facts.family != "sd3":
+        raise ExportError(f"--t5 {options.t5}: only Stable Diffusion 3 has a T5 text encoder; leave the option out")
+    if t5 and checkpoint.source.random_weights:
+        raise ExportError(f"--t5 {options.t5}: --random-weights has no T5; leave one of them out")
+    text = ("text_encoder", "text_encoder_2")[: 2 if facts.family == "sd3" else 1] + (("text_encoder_3",) if t5 else ())
+    known = (*text, BACKBONE[facts.family], "vae_decoder", "vae_encoder")
+    chosen = options.components or known
+    if strangers := [name for name in chosen if name not in known]:
+        hint = " (it needs --t5 fp16)" if strangers[0] == "text_encoder_3" else ""
+        raise ExportError(f"--components {strangers[0]}: this model has {', '.join(known)}{hint}")
+    chosen = tuple(name for name in known if name in chosen)
+    for name in chosen:
+        read_config(folder, name)
+    height, width = _size(facts, read_config(folder, BACKBONE[facts.family]), options)
+    defaults = Defaults(
+        height,
+        width,
+        float(settings.get("guidance", facts.defaults.guidance)),
+        settings.get("steps", facts.defaults.steps),
+    )
+    return Plan(
+        checkpoint,
+        replace(facts, defaults=defaults),
+        {name: precision(name, options.dtype) for name in chosen},
+        height,
+        width,
+        options.directions,
+        options.opset,
+        t5,
+    )
+
+
+def precision(component: str, dtype: str) -> str:
+    """The precision of a component in a bundle of a dtype, fp32 or fp16."""
+    if component == "text_encoder_3" or (dtype == "fp16" and component not in BACKBONE.values()):
+        return "fp16-weights"
+    return dtype
+
+
+def _size(facts: Facts, backbone: dict[str, Any], options: Options) -> tuple[int, int]:
+    latent = facts.latent
+    trained = backbone["sample_size"]
+    sides = [trained, trained] if isinstance(trained, int) else list(trained)
+    height, width = options.height or sides[0] * latent.factor, options.width or sides[1] * latent.factor
+    multiple = latent.factor * latent.patch * latent.down
+    for name, side in (("height", height), ("width", width)):
+        if side < multiple or side % multiple:
+            below = max(multiple, side // multiple * multiple)
+            raise ExportError(
+                f"--{name} {side}: must be a multiple of {multiple}, such as {below} or {below + multiple}"
+            )
+        most = backbone.get("pos_embed_max_size")
+        if most and side > most * latent.factor * latent.patch:
+            raise ExportError(f"--{name} {side}: this model goes up to {most * latent.factor * latent.patch}")
+    return height, width
+
+
+def trial_size(facts: Facts, height: int, width: int) -> tuple[int, int]:
+    """Height and width in pixels that parity is tried at: about TRIAL latents, never more than the picture has."""
+    step = facts.latent.patch * facts.latent.down
+    sides = (-(-side // step) * step * facts.latent.factor for side in TRIAL)
+    small_height, small_width = (min(full, side) for full, side in zip((height, width), sides, strict=True))
+    return small_height, small_width
+
+
+def predict(plan: Plan) -> dict[str, dict[str, int]]:
+    """Bytes that each component will take: on disk, and of memory while it is exported and while parity is tried.
+
+    Measured on Linux with torch 2.13: the programs themselves take 0.8 GB; exporting holds the weights once and a tenth
+    more; parity holds them in fp32, first in torch, then in ONNX Runtime with its copies. Good to about 20 %.
+    """
+    from .components import count_parameters
+
+    predicted = {}
+    for component, at in plan.precisions.items():
+        parameters = count_parameters(component, plan.checkpoint.folder, plan.facts)
+        disk = parameters * (4 if at == "fp32" else 2)
+        predicted[component] = {
+            "parameters": parameters,
+            "disk_bytes": disk,
+            "export_ram_bytes": 800_000_000 + disk * 11 // 10,
+            "parity_ram_bytes": 800_000_000 + parameters * 4 + disk // 2,
+        }
+    return predicted

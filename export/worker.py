@@ -1,0 +1,191 @@
+"""One component in a process of its own: `python -m export.worker JOB.json`, so that its memory goes back when it ends.
+
+A job is done in two such processes: `export` traces and writes the graph, `parity` compares it with torch. Parity is
+tried at a small latent size: where the picture is larger, `export` traces the same module a second time at that size,
+over the weights of the first graph's data file, and only sizes may differ between the two graphs.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from . import ExportError
+
+GRAPH, TRIAL = "model.onnx", "trial.onnx"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is told. Paths are absolute."""
+
+    task: str  # export | parity
+    component: str
+    checkpoint: str  # folder
+    folder: str  # of the component, in the bundle that is being written
+    result: str  # JSON file that the worker leaves behind: what it found, or {"failure": one line}
+    precision: str
+    height: int  # pixels
+    width: int
+    directions: int
+    opset: int
+    t5_tokens: int
+    variant: str | None = None
+    random: bool = False
+
+
+def main(path: str) -> int:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    job = Job(**json.loads(Path(path).read_text(encoding="utf-8")))
+    started = time.perf_counter()
+    try:
+        found = {"export": export, "parity": parity}[job.task](job)
+    except ExportError as error:
+        found = {"failure": str(error)}
+    except OSError as error:  # a full disk, above all
+        found = {
+            "failure": f"{job.component}: {error.strerror or error}: {error.filename or job.folder}; "
+            "free some space or give another -o"
+        }
+    found |= {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_rss()}
+    Path(job.result).write_text(json.dumps(found), encoding="utf-8")
+    return 1 if "failure" in found else 0
+
+
+def export(job: Job) -> dict[str, Any]:
+    """Writes the graph, its data file and, at a small size, the graph for parity; gives what bundle.json says of it."""
+    from . import graph
+    from .components import ROWS
+    from .plan import trial_size
+
+    facts, module = _open(job)
+    agreed = _contract(job, facts, job.height, job.width)
+    model = graph.trace(module, agreed.inputs, agreed.outputs, agreed.samples(2), job.opset)
+    inputs, outputs = graph.declared(model)
+    if (inputs, outputs) != (agreed.inputs, agreed.outputs):
+        raise ExportError(
+            f"{job.component}: the graph declares {inputs} -> {outputs}, "
+            f"agreed were {agreed.inputs} -> {agreed.outputs}; this is a fault of the exporter"
+        )
+    found = {
+        "inputs": [asdict(tensor) for tensor in inputs],
+        "outputs": [asdict(tensor) for tensor in outputs],
+        "macs": graph.macs(model, ROWS),
+    }
+    graph.save(model, Path(job.folder) / GRAPH)
+    kinds = Counter(node.op_type for node in model.graph)
+    del model
+    size = trial_size(facts, job.height, job.width)
+    small = _contract(job, facts, *size)
+    if small != agreed:
+        model = graph.trace(module, small.inputs, small.outputs, small.samples(2), job.opset)
+        if (others := Counter(node.op_type for node in model.graph)) != kinds:
+            raise ExportError(
+                f"{job.component}: traced at {size[1]}x{size[0]} the graph has other nodes than at "
+                f"{job.width}x{job.height} ({kinds - others} against {others - kinds}), so that parity "
+                "cannot be tried at the small size; this is a fault of the exporter"
+            )
+        graph.save_sharing(model, Path(job.folder) / TRIAL, Path(job.folder) / GRAPH)
+    return found
+
+
+def parity(job: Job) -> dict[str, Any]:
+    """Largest error of the graph against torch in fp32, at 2 and 2 K rows; ExportError above the tolerance."""
+    import numpy as np
+    import onnxruntime
+    import torch
+
+    from .plan import trial_size
+
+    facts, module = _open(job)
+    small = _contract(job, facts, *trial_size(facts, job.height, job.width))
+    rows = tuple(dict.fromkeys((2, 2 * job.directions)))
+    module = module.reference()
+    with torch.inference_mode():
+        expected = [[tensor.numpy() for tensor in module(*map(torch.from_numpy, small.samples(n)))] for n in rows]
+    del module
+    gc.collect()
+    trial = Path(job.folder) / TRIAL
+    session = onnxruntime.InferenceSession(
+        trial if trial.exists() else Path(job.folder) / GRAPH, providers=["CPUExecutionProvider"]
+    )
+    names = [tensor.name for tensor in small.inputs]
+    error = 0.0
+    for n, tensors in zip(rows, expected, strict=True):
+        got = session.run(None, dict(zip(names, small.samples(n), strict=True)))
+        for declared, one, other in zip(small.outputs, got, tensors, strict=True):
+            if not np.isfinite(one).all():
+                raise ExportError(
+                    f"{job.component}: {declared.name} is not finite at {n} rows in {job.precision}; "
+                    "export with --dtype fp32"
+                )
+            error = max(error, float(np.abs(one - other).max() / np.abs(other).max()))
+    tolerance = small.tolerance[job.precision]
+    if not error <= tolerance:
+        raise ExportError(
+            f"{job.component}: differs from torch by {error:.1e} relative, {tolerance:.0e} are allowed "
+            f"at {job.precision}; nothing was written; try another --opset, or --dtype fp32"
+        )
+    return {"rows": rows, "error": error, "tolerance": tolerance}
+
+
+def _open(job: Job) -> tuple[Any, Any]:
+    """Facts of the checkpoint and the component's torch module."""
+    from safetensors import SafetensorError
+
+    from runtime.bundle import Source, describe
+
+    from .components import module
+
+    folder = Path(job.checkpoint)
+    facts = describe(folder, folder.name, Source(str(folder)), t5_tokens=job.t5_tokens)
+    try:
+        return facts, module(job.component, folder, facts, job.precision, job.variant, job.random)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        line = " ".join(str(error).split())
+        raise ExportError(
+            f"{job.component}: its weights in {folder} cannot be loaded ({line:.300}); download the checkpoint again"
+        ) from error
+
+
+def _contract(job: Job, facts: Any, height: int, width: int) -> Any:
+    from .components import contract
+
+    return contract(job.component, Path(job.checkpoint), facts, height, width)
+
+
+def peak_rss() -> int:
+    """Largest resident memory of this process so far, in bytes.
+
+    On Linux not from getrusage: a child starts there with its parent's maximum.
+    """
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+def _end_with_parent() -> None:
+    """The parent holds the other end of standard input: when it is gone, however it went, so are we."""
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    sys.exit(main(sys.argv[1]))

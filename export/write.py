@@ -1,0 +1,290 @@
+"""Writes a bundle: runs the workers, gathers what they found, and puts the whole in place at once.
+
+Everything is written into `.NAME.PID.partial` beside the bundle and renamed at the end, so that a folder that can be
+read is always whole. What a killed export left behind is cleared by the next one to the same place.
+Knows nothing of torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from runtime.bundle import FILE, Component, Parity, Stored, Tensor, sha256, write_facts
+
+from . import ExportError
+from .checkpoint import part_of, read_config
+from .plan import Plan
+from .worker import GRAPH, TRIAL, Job
+
+_TOOLS = ("torch", "onnxscript", "onnx-ir", "diffusers", "transformers", "onnxruntime")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A component, and what it took to write it."""
+
+    component: Component
+    seconds: float
+    export_rss_bytes: int  # peak of the exporting process
+    parity_rss_bytes: int  # peak of the process that compared with torch
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Refuses a place where no bundle can be put, before any work is done.
+
+    Raises
+    ------
+    ExportError
+        If something is there, unless it is a bundle (or an empty folder) and `overwrite`.
+    """
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ExportError(f"{target}: a file is in the way; give another -o")
+    if any(target.iterdir()):
+        if not (target / FILE).is_file():
+            raise ExportError(f"{target}: holds something that is no bundle, and is left alone; give another -o")
+        if not overwrite:
+            raise ExportError(f"{target}: exists; give --overwrite to replace it, or another -o")
+
+
+def write(plan: Plan, target: Path, overwrite: bool, say: Say) -> dict[str, Written]:
+    """Exports all components of a plan into the bundle `target`.
+
+    Raises
+    ------
+    ExportError
+        If a component cannot be exported or differs from torch by more than its tolerance; nothing is left behind.
+    """
+    check_target(target, overwrite)
+    with _aside(target) as partial:
+        write_configurations(plan, partial)
+        written = {}
+        for number, (component, at) in enumerate(plan.precisions.items(), 1):
+            say(f"[{number}/{len(plan.precisions)}] {component}: exporting at {at}")
+            written[component] = _write_component(plan, component, at, partial)
+            say(_told(component, written[component]))
+        facts = replace(
+            plan.facts, components={name: one.component for name, one in written.items()}, exported_by=_tools()
+        )
+        write_facts(partial, facts)
+    return written
+
+
+def _told(component: str, one: Written) -> str:
+    parity = one.component.parity
+    assert parity is not None
+    size = sum(stored.bytes for stored in one.component.files)
+    return (
+        f"    {component}: {size / 1e6:.1f} MB, error against torch {parity.error:.1e} at rows "
+        f"{', '.join(map(str, parity.rows))} (allowed {parity.tolerance:.0e}); {one.seconds:.0f} s, peak memory "
+        f"{one.export_rss_bytes / 1e9:.1f} GB to export, {one.parity_rss_bytes / 1e9:.1f} GB for parity"
+    )
+
+
+@contextmanager
+def _aside(target: Path) -> Iterator[Path]:
+    """A fresh folder beside `target` that takes its place when the block ends well, and vanishes when it does not."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _clear_remains(target)
+        partial, old = (target.parent / f".{target.name}.{os.getpid()}.{end}" for end in ("partial", "old"))
+        partial.mkdir()
+        try:
+            yield partial
+            if target.exists():
+                os.replace(target, old)
+            os.replace(partial, target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise ExportError(
+            f"{target}: cannot be written ({error.strerror or error}: {error.filename or target.parent}); "
+            "free some space or give another -o"
+        ) from error
+
+
+def _clear_remains(target: Path) -> None:
+    """Removes what killed exports left beside `target`; a bundle they had moved away, and not replaced, goes back."""
+    for remains in sorted(target.parent.glob(f".{target.name}.*")):
+        pid, _, end = remains.name.removeprefix(f".{target.name}.").partition(".")
+        if not pid.isdecimal() or end not in ("partial", "old") or psutil.pid_exists(int(pid)):
+            continue
+        if end == "old" and not target.exists():
+            os.replace(remains, target)
+        else:
+            shutil.rmtree(remains)
+
+
+def write_configurations(plan: Plan, folder: Path) -> None:
+    """Copies what is neither graph nor weights: the index, scheduler, tokenizers and the components' config.json."""
+    source = plan.checkpoint.folder
+    index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
+    absent = {"safety_checker", "feature_extractor", "image_encoder"}
+    absent |= set() if plan.t5 else {"text_encoder_3", "tokenizer_3"}
+    index |= {name: [None, None] for name in absent & set(index)}
+    if "requires_safety_checker" in index:
+        index["requires_safety_checker"] = False
+    _write_json(folder / "model_index.json", index)
+    shutil.copytree(source / "scheduler", folder / "scheduler")
+    for tokenizer in sorted(source.glob("tokenizer*")):
+        if tokenizer.is_dir() and tokenizer.name not in absent:
+            shutil.copytree(tokenizer, folder / tokenizer.name)
+            _complete_tokenizer(folder / tokenizer.name)
+    # The backbone and the VAE decoder say how large latents are: their configurations belong to every bundle.
+    for component in {*plan.precisions, "vae_decoder", "unet" if plan.facts.family == "sd15" else "transformer"}:
+        config = read_config(source, component)
+        if part_of(component) == "vae":  # Optimum takes another default where the scale is left out
+            config |= {"scaling_factor": plan.facts.latent.scaling}
+        (folder / component).mkdir()
+        _write_json(folder / component / "config.json", config)
+
+
+def _complete_tokenizer(folder: Path) -> None:
+    """Adds what a tokenizer folder lacks: tokenizer.json, which the runtime reads, and, of CLIP, the older pair of files.
+
+    transformers 5 writes only tokenizer.json; transformers 4, and so Optimum, reads CLIP's vocab.json and merges.txt.
+    """
+    whole = folder / "tokenizer.json"
+    if not whole.exists():
+        from transformers import AutoTokenizer
+
+        AutoTokenizer.from_pretrained(folder, use_fast=True).backend_tokenizer.save(str(whole))
+    model = json.loads(whole.read_text(encoding="utf-8"))["model"]
+    if model["type"] == "BPE" and not (folder / "merges.txt").exists():
+        pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
+        (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{pair}\n" for pair in pairs), encoding="utf-8")
+        (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_component(plan: Plan, component: str, at: str, partial: Path) -> Written:
+    folder = partial / component
+    folder.mkdir(exist_ok=True)
+    started = time.perf_counter()
+    exported, compared = (
+        run(
+            Job(
+                task=task,
+                component=component,
+                checkpoint=str(plan.checkpoint.folder),
+                folder=str(folder),
+                result=str(partial / f"{component}.{task}.json"),
+                precision=at,
+                height=plan.height,
+                width=plan.width,
+                directions=plan.directions,
+                opset=plan.opset,
+                t5_tokens=plan.facts.text.t5_tokens,
+                variant=plan.checkpoint.variant,
+                random=plan.checkpoint.source.random_weights,
+            )
+        )
+        for task in ("export", "parity")
+    )
+    (folder / TRIAL).unlink(missing_ok=True)
+    files = sorted(path for path in folder.iterdir() if path.name.startswith(GRAPH))
+    return Written(
+        Component(
+            graph=f"{component}/{GRAPH}",
+            files=tuple(
+                Stored(path.relative_to(partial).as_posix(), path.stat().st_size, sha256(path)) for path in files
+            ),
+            precision=at,
+            opset=plan.opset,
+            inputs=_tensors(exported["inputs"]),
+            outputs=_tensors(exported["outputs"]),
+            parity=Parity(tuple(compared["rows"]), compared["error"], compared["tolerance"]),
+            macs=exported["macs"],
+        ),
+        time.perf_counter() - started,
+        exported["peak_rss_bytes"],
+        compared["peak_rss_bytes"],
+    )
+
+
+def _tensors(declared: list[dict[str, Any]]) -> tuple[Tensor, ...]:
+    return tuple(Tensor(one["name"], one["dtype"], tuple(one["shape"])) for one in declared)
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Does a job in a process of its own, which ends with this one; gives what it found.
+
+    Raises
+    ------
+    ExportError
+        With the worker's own line, or, if it was killed or broke, with what is known of that.
+    """
+    result, log = Path(job.result), Path(job.result).with_suffix(".log")
+    task = result.with_suffix(".job")
+    task.write_text(json.dumps(asdict(job)), encoding="utf-8")
+    with log.open("wb") as opened:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "export.worker", str(task)],
+            stdin=subprocess.PIPE,
+            stdout=opened,
+            stderr=opened,
+            env=_environment(),
+        )
+        try:
+            process.wait()
+        finally:
+            process.kill()
+            process.wait()
+            assert process.stdin is not None
+            process.stdin.close()
+    if not result.exists():
+        tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        if process.returncode in (-9, 137):
+            raise ExportError(
+                f"{job.component}: the {job.task} process was killed, most likely for want of memory; "
+                "`--dry-run` tells what it needs; nothing was written"
+            )
+        raise ExportError(
+            f"{job.component}: the {job.task} process broke with status {process.returncode}: "
+            f"{tail[-1] if tail else 'no message'}; this is a fault of the exporter; nothing was written"
+        )
+    found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    for file in (result, log, task):
+        file.unlink()
+    if "failure" in found:
+        raise ExportError(found["failure"])
+    return found
+
+
+def _environment() -> dict[str, str]:
+    """Ours, and the place these packages are imported from, wherever the command was started."""
+    here = str(Path(__file__).resolve().parent.parent)
+    return dict(os.environ) | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")])),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+
+
+def _tools() -> dict[str, str]:
+    tools = {}
+    for tool in _TOOLS:
+        try:
+            tools[tool] = version(tool)
+        except PackageNotFoundError:  # onnxruntime goes by several names
+            continue
+    return tools

@@ -1,0 +1,209 @@
+"""python -m runtime generate|inspect"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from .bundle import Bundle
+    from .pipeline import Pipeline, Result
+    from .plan import Plan
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; 0, 2 for a user's mistake (one line on stderr), 130 for Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    from .errors import RunError
+
+    try:
+        options.run(options)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except MemoryError:
+        print("error: out of memory; give fewer images, a smaller size or a half-precision bundle", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m runtime", description="Pictures from a bundle, without torch.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    draw = commands.add_parser("generate", help="draw pictures of a prompt")
+    draw.set_defaults(run=_generate)
+    draw.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to draw; may be empty")
+    draw.add_argument(
+        "--prompt-file", metavar="FILE", type=Path, help="read the prompt from a file instead (- is stdin)"
+    )
+    draw.add_argument(
+        "--from-metadata", metavar="IMAGE", type=Path, help="draw a picture again; other options override"
+    )
+    draw.add_argument("--model", metavar="DIR", help="a bundle (default: the small shapes-sd3 that comes along)")
+    draw.add_argument("--negative-prompt", metavar="TEXT", help="what not to draw")
+    draw.add_argument("--steps", type=int, metavar="N", help="intervals of the time grid")
+    draw.add_argument("--guidance-scale", type=float, metavar="G", help="1 or less: no guidance, half the work")
+    draw.add_argument(
+        "-s", "--seed", type=int, metavar="S", help="of the first image; image i has S + i (default: random)"
+    )
+    draw.add_argument("-W", "--width", type=int, metavar="PIXELS")
+    draw.add_argument("-H", "--height", type=int, metavar="PIXELS")
+    draw.add_argument("--num-images", type=int, metavar="B", help="images of the prompt (default 1)")
+    draw.add_argument(
+        "--solver", metavar="NAME", help="euler, heun, dpm2 or epd (default: the bundle's table, else euler)"
+    )
+    draw.add_argument("--table", metavar="FILE", type=Path, help="solver table for epd")
+    draw.add_argument("-k", type=int, metavar="K", help="directions of epd without a table (default 2)")
+    draw.add_argument("--provider", default="cpu", metavar="NAME", help="ONNX Runtime execution provider (default cpu)")
+    draw.add_argument("--provider-option", action="append", default=[], metavar="KEY=VALUE", help="may be repeated")
+    draw.add_argument("-o", "--output", type=Path, metavar="PNG", help="file, or folder (default: MODEL-SEED.png here)")
+    draw.add_argument("--json", action="store_true", help="print one object on stdout")
+
+    look = commands.add_parser("inspect", help="show what a bundle holds")
+    look.set_defaults(run=_inspect)
+    look.add_argument("folder", metavar="DIR", nargs="?", help="a bundle (default: shapes-sd3)")
+    look.add_argument("--verify", action="store_true", help="compare the SHA-256 of every file, load every graph")
+    look.add_argument("--json", action="store_true", help="print one object on stdout")
+    return parser
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from . import png
+    from .pipeline import DEFAULT, Pipeline
+
+    asked = _asked(options)
+    pipe = Pipeline.from_pretrained(
+        options.model or DEFAULT, provider=options.provider, provider_options=_pairs(options.provider_option)
+    )
+    if options.from_metadata is not None:
+        asked = _recorded(options.from_metadata, pipe, asked) | asked
+    if "prompt" not in asked:
+        _refuse('give a PROMPT ("" is allowed), --prompt-file or --from-metadata')
+    plan = pipe.plan(**asked)
+    files = _files(options.output, plan, pipe.bundle)
+    for file in files:
+        png.check_writable(file)
+    result = _draw(pipe, plan)
+    for file, image, seed in zip(files, result.images, plan.seeds, strict=True):
+        png.save(image, file, _parameters(pipe.bundle, result, seed))
+    paths = [str(file) for file in files]
+    if options.json:
+        print(json.dumps({"images": paths} | asdict(result.report)))
+    else:
+        print("\n".join(paths))
+
+
+def _draw(pipe: Pipeline, plan: Plan) -> Result:
+    from tqdm import tqdm
+
+    with tqdm(total=plan.steps, unit="step", disable=None, leave=False) as bar:  # None: on a terminal only
+        return pipe.draw(plan, callback_on_step_end=lambda step: bar.update(1))
+
+
+def _asked(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `Pipeline.plan` that were typed."""
+    if options.prompt is not None and options.prompt_file is not None:
+        _refuse("give PROMPT or --prompt-file, not both")
+    asked = {
+        "prompt": options.prompt if options.prompt_file is None else _read(options.prompt_file),
+        "negative_prompt": options.negative_prompt,
+        "height": options.height,
+        "width": options.width,
+        "num_inference_steps": options.steps,
+        "guidance_scale": options.guidance_scale,
+        "num_images_per_prompt": options.num_images,
+        "seed": options.seed,
+        "solver": options.solver,
+        "table": options.table,
+        "k": options.k,
+    }
+    if options.seed is None and options.from_metadata is None:
+        import secrets
+
+        asked["seed"] = secrets.randbits(32)
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+def _read(file: Path) -> str:
+    try:
+        return (sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")).rstrip("\n")
+    except UnicodeDecodeError:
+        _refuse(f"{file}: not UTF-8 text")
+
+
+def _recorded(file: Path, pipe: Pipeline, asked: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `Pipeline.plan` that a picture of this program was drawn with, where they are not `asked`."""
+    from . import png
+    from .record import recorded
+
+    prompt, negative, settings = png.read_parameters(file)
+    return {"prompt": prompt, "negative_prompt": negative} | recorded(file, settings, pipe.bundle, asked.keys())
+
+
+def _parameters(bundle: Bundle, result: Result, seed: int) -> str:
+    from . import png
+    from .record import settings
+
+    return png.format_parameters(
+        result.plan.prompt, result.plan.negative_prompt, settings(bundle, result.plan, result.report, seed)
+    )
+
+
+def _files(output: Path | None, plan: Plan, bundle: Bundle) -> list[Path]:
+    """One path per image: the one given, with the seed before its suffix if there are several."""
+    if output is None or output.is_dir():
+        return [(output or Path()) / f"{bundle.facts.name}-{seed}.png" for seed in plan.seeds]
+    if len(plan.seeds) == 1:
+        return [output]
+    return [output.with_name(f"{output.stem}-{seed}{output.suffix}") for seed in plan.seeds]
+
+
+def _pairs(texts: list[str]) -> dict[str, str]:
+    pairs = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            _refuse(f"--provider-option {text!r} is not KEY=VALUE")
+        pairs[key] = value
+    return pairs
+
+
+def _refuse(message: str) -> NoReturn:
+    from .errors import RequestError
+
+    raise RequestError(message)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    from .bundle import Bundle
+    from .inspect import describe, verify
+    from .pipeline import DEFAULT, find
+
+    bundle = Bundle.open(find(options.folder or DEFAULT))
+    if options.verify:
+        verify(bundle)
+    if options.json:
+        facts = asdict(bundle.facts)
+        print(json.dumps({"folder": str(bundle.folder), "foreign": bundle.foreign, "verified": options.verify} | facts))
+    else:
+        print(describe(bundle, verified=options.verify))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,303 @@
+"""From a prompt to pictures: plan, then encode, prior, solve, decode.
+
+    pipe = Pipeline.from_pretrained("shapes-sd3")
+    pipe("a red circle on a white background", seed=1).images[0].save("picture.png")
+
+Never imports torch. What was drawn with, and what it cost, is in the result's `plan` and `report`.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+
+import epd
+
+from .bundle import REQUIRED, Bundle
+from .errors import NotFiniteError, RequestError
+from .noise import randn
+from .plan import Plan, make_plan
+from .session import Session, provider_name
+from .slopes import Directions, Slopes, directions_of
+from .text import conditioning
+
+BUILT_IN = Path(__file__).parent / "bundles"  # package data
+DEFAULT = "shapes-sd3"
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a drawing did and cost; `generate --json` prints it, with the paths of the pictures in front."""
+
+    seeds: tuple[int, ...]
+    prompt: str
+    solver: str
+    steps: int
+    sequential_calls: int  # requests answered, one after the other
+    total_evaluations: int  # points answered, per image
+    guided_forwards: int  # rows the backbone really evaluated, all images
+    provider: Mapping[str, Any]  # asked, ran, nodes per provider (None: not known), fallbacks
+    directions: Directions
+    seconds: Mapping[str, float]  # load, compile, encode, denoise, decode, total, per_call
+    peak_rss_bytes: int | None  # of this process so far; None on Windows
+    bundle: Mapping[str, str | None]  # name, sha256 of bundle.json
+
+
+@dataclass(frozen=True)
+class Result:
+    """`images`: PIL pictures, or (B, H, W, 3) float32 in [0, 1], or latents (B, C, h, w) float32."""
+
+    images: Any
+    plan: Plan
+    report: Report
+
+
+class Pipeline:
+    """A bundle ready to draw. Sessions are loaded when first needed; text encoders are released before denoising."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        provider: str = "cpu",
+        provider_options: Mapping[str, str] | None = None,
+        session_options: Any = None,
+    ) -> None:
+        bundle.require(*REQUIRED[bundle.facts.family])
+        provider_name(provider)  # a wrong name is told now, not at the first load
+        self.bundle, self.provider = bundle, provider
+        self._options = {"provider_options": provider_options, "session_options": session_options}
+        self._sessions: dict[str, Session] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path = DEFAULT,
+        *,
+        provider: str = "cpu",
+        provider_options: Mapping[str, str] | None = None,
+        session_options: Any = None,
+    ) -> Pipeline:
+        """Opens a bundle: a folder, or the name of one that ships with this package.
+
+        Raises
+        ------
+        BundleError, ProviderError
+        """
+        bundle = Bundle.open(find(model))
+        if bundle.facts.source.random_weights:
+            log.warning("%s has RANDOM WEIGHTS: its pictures mean nothing, only its speed does", bundle.facts.name)
+        return cls(bundle, provider=provider, provider_options=provider_options, session_options=session_options)
+
+    def plan(self, prompt: str, **asked: Any) -> Plan:
+        """What a call with the same arguments would do, without doing it; see `runtime.plan.make_plan`."""
+        return make_plan(self.bundle, prompt, **asked)
+
+    def __call__(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str = "",
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int | None = None,
+        latents: ArrayLike | None = None,
+        solver: str | None = None,
+        table: epd.Table | str | Path | None = None,
+        k: int | None = None,
+        output_type: Literal["pil", "np", "latent"] = "pil",
+        callback_on_step_end: Callable[[epd.Step], None] | None = None,
+    ) -> Result:
+        """Draws pictures of a prompt; image i has seed + i, and does not depend on the others.
+
+        Parameters
+        ----------
+        prompt, negative_prompt : str
+            May be empty. Longer ones than the text encoders take are cut, and a warning says what was lost.
+        height, width : int, optional
+            Pixels; the bundle's own if None.
+        num_inference_steps : int, optional
+            N intervals; the table's or the bundle's own if None.
+        guidance_scale : float, optional
+            1 or less: no guidance, half the work. The table's or the bundle's own if None.
+        seed : int, optional
+            Of the first image, as `torch.Generator("cpu").manual_seed`; None: a random one, told in the report.
+        latents : (B, C, h, w), optional
+            Start noise of unit variance in place of the seeds'.
+        solver : "euler" | "heun" | "dpm2" | "epd", optional
+            None: epd with the bundle's first table if it has one, else the bundle's default.
+        table : epd.Table or path, optional
+            Implies epd. Without any, epd takes `epd.start_table` of `k` directions (default 2) on the family's grid.
+        output_type : "pil" | "np" | "latent"
+        callback_on_step_end : callable, optional
+            Called with every finished `epd.Step`; raise in it to stop.
+
+        Raises
+        ------
+        RequestError
+            What is asked for does not fit the bundle or the table.
+        NotFiniteError
+            NaN or infinity in a component's output; names the component and the step.
+        """
+        if output_type not in ("pil", "np", "latent"):
+            raise RequestError(f"output_type must be pil, np or latent, got {output_type!r}")
+        plan = self.plan(
+            prompt,
+            negative_prompt=negative_prompt,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            num_images_per_prompt=num_images_per_prompt,
+            seed=secrets.randbits(32) if seed is None else seed,
+            solver=solver,
+            table=table,
+            k=k,
+        )
+        return self.draw(plan, latents, output_type, callback_on_step_end)
+
+    def draw(
+        self,
+        plan: Plan,
+        latents: ArrayLike | None = None,
+        output_type: Literal["pil", "np", "latent"] = "pil",
+        callback_on_step_end: Callable[[epd.Step], None] | None = None,
+    ) -> Result:
+        """Carries out a plan: encode, prior, solve, decode."""
+        clock = _Clock(self)
+        backbone = self._session(self.bundle.backbone)
+        halves = [plan.negative_prompt, plan.prompt] if plan.guided else [plan.prompt]
+
+        told = conditioning(self.bundle, self._session, halves)  # (halves, ...) each
+        clock.lap("encode")
+
+        directions = directions_of(backbone.load())
+        if directions == "calls" and plan.directions > 1:
+            log.warning(
+                "%s takes one timestep for all rows: %d directions run as calls in turn, not as one batch",
+                backbone.path,
+                plan.directions,
+            )
+        slopes = Slopes(backbone, self.bundle.facts, told, plan.guidance, directions)
+        x = plan.start_scale * self._noise(plan, latents)  # (B, C, h, w)
+        step = epd.Step(-1, plan.times[0], x, 0, 0)
+        try:
+            for step in epd.solve(plan.coroutine, x, slopes):
+                if callback_on_step_end is not None:
+                    callback_on_step_end(step)
+        except NotFiniteError as error:
+            raise NotFiniteError(f"{error} (at step {step.index + 2} of {plan.steps})") from None
+        x = step.x / plan.end_scale
+        clock.lap("denoise")
+
+        images: Any = x.astype(np.float32) if output_type == "latent" else self._decode(x)
+        if output_type == "pil":
+            images = [Image.fromarray(np.rint(image * 255).astype(np.uint8)) for image in images]
+        clock.lap("decode")
+        return Result(images, plan, self._report(plan, step, slopes, clock))
+
+    def close(self) -> None:
+        """Releases all sessions; they are loaded again when needed."""
+        for session in self._sessions.values():
+            session.unload()
+
+    def _noise(self, plan: Plan, latents: ArrayLike | None) -> NDArray[np.float64]:
+        if latents is None:
+            return np.stack([randn(plan.latent_shape, seed) for seed in plan.seeds]).astype(np.float64)
+        given = np.asarray(latents, np.float64)
+        if given.shape != (len(plan.seeds), *plan.latent_shape):
+            raise RequestError(f"latents must be {[len(plan.seeds), *plan.latent_shape]}, got {list(given.shape)}")
+        return given
+
+    def _decode(self, x: NDArray[np.float64]) -> NDArray[np.float32]:
+        """Latents (B, C, h, w) to pictures (B, H, W, 3) in [0, 1]; one at a time, for memory."""
+        latent, decoder = self.bundle.facts.latent, self._session("vae_decoder")
+        scaled = x / latent.scaling + latent.shift
+        pictures = np.concatenate([decoder(latent_sample=row[None], want=["sample"])["sample"] for row in scaled])
+        pixels: NDArray[np.float32] = np.clip(pictures.astype(np.float32) / 2 + np.float32(0.5), 0, 1)
+        return pixels.transpose(0, 2, 3, 1)
+
+    def _session(self, component: str) -> Session:
+        if component not in self._sessions:
+            self._sessions[component] = Session(self.bundle, component, provider=self.provider, **self._options)
+        return self._sessions[component]
+
+    def _report(self, plan: Plan, last: epd.Step, slopes: Slopes, clock: _Clock) -> Report:
+        nodes: Counter[str] = Counter()
+        for session in self._sessions.values():
+            nodes.update(session.nodes or {})
+        facts, backbone = self.bundle.facts, slopes.backbone
+        return Report(
+            seeds=plan.seeds,
+            prompt=plan.prompt,
+            solver=plan.solver,
+            steps=plan.steps,
+            sequential_calls=last.calls,
+            total_evaluations=last.evaluations,
+            guided_forwards=slopes.guided_forwards,
+            provider={"asked": self.provider, "ran": backbone.provider, "nodes": dict(nodes) or None, "fallbacks": 0},
+            directions=slopes.directions,
+            seconds=clock.seconds(last.calls),
+            peak_rss_bytes=peak_rss_bytes(),
+            bundle={"name": facts.name, "sha256": self.bundle.fingerprint()},
+        )
+
+
+def find(model: str | Path) -> Path:
+    """The folder of a model: one that ships with this package by its name, or any path."""
+    shipped = BUILT_IN / model
+    if Path(model).name == str(model) and (shipped / "bundle.json").is_file():
+        return shipped
+    if str(model) == DEFAULT and not Path(model).is_dir():
+        raise RequestError(
+            f"{DEFAULT} is not in this installation; make it with `python -m export {DEFAULT} -o DIR` "
+            "and give --model DIR"
+        )
+    return Path(model)
+
+
+def peak_rss_bytes() -> int | None:
+    """Largest resident memory of this process so far; None where the system does not tell (Windows)."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+class _Clock:
+    """Seconds of each stage, the loading of sessions in it set apart."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+        self._stages: dict[str, float] = {}
+        self._started = self._lap = time.perf_counter()
+        self._loaded = self._before = self._load_seconds()
+
+    def _load_seconds(self) -> float:
+        return sum(session.load_seconds for session in self._pipeline._sessions.values())
+
+    def lap(self, stage: str) -> None:
+        now, loaded = time.perf_counter(), self._load_seconds()
+        self._stages[stage] = now - self._lap - (loaded - self._loaded)
+        self._lap, self._loaded = now, loaded
+
+    def seconds(self, calls: int) -> dict[str, float]:
+        spent = {"load": self._loaded - self._before, "compile": 0.0, **self._stages}
+        return spent | {"total": self._lap - self._started, "per_call": self._stages["denoise"] / calls}

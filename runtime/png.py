@@ -1,0 +1,116 @@
+"""Pictures as PNG files that say how they were made, in the grammar other tools read, and back again.
+
+The text chunk `parameters` holds the prompt, a line `Negative prompt: ...` and one line `Key: value, Key: value`; a
+value with a comma, a quote or a line break is written as a JSON string. Our own keys stand at the end.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
+
+from .errors import RequestError
+
+CHUNK = "parameters"
+_NEGATIVE = "Negative prompt: "
+_PAIR = re.compile(r'\s*([^:,"]+): ("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
+_PLAIN = re.compile(r'[^,"\n\r\s](?:[^,"\n\r]*[^,"\n\r\s])?')
+
+
+def version() -> str:
+    """Version of this program."""
+    try:
+        return importlib.metadata.version("epd-toolkit")
+    except importlib.metadata.PackageNotFoundError:  # run from a source folder
+        return "source"
+
+
+def format_parameters(prompt: str, negative_prompt: str, settings: dict[str, Any]) -> str:
+    """The text of the chunk; `parse_parameters` gives all three back, exactly."""
+    body = prompt + ("\n" + _NEGATIVE + negative_prompt if negative_prompt else "")
+    text = f"{body}\n{_line(settings)}"
+    if parse_parameters(text)[:2] == (prompt, negative_prompt):
+        return text
+    # A prompt that this grammar cannot hold, with line breaks at its ends or a line that looks like a negative one.
+    return f"{body}\n{_line(settings | {'Prompt': json.dumps(prompt), 'Negative': json.dumps(negative_prompt)})}"
+
+
+def parse_parameters(text: str) -> tuple[str, str, dict[str, str]]:
+    """Prompt, negative prompt and settings from the text of the chunk, ours or another tool's.
+
+    Raises
+    ------
+    RequestError
+        If the last line holds no settings.
+    """
+    body, _, last = text.rpartition("\n")
+    settings = {key.strip(): _unquoted(value) for key, value in _PAIR.findall(last)}
+    if "Steps" not in settings:
+        raise RequestError("no line `Steps: ..., Seed: ...` in the picture's metadata; give a picture of this program")
+    before, found, negative = ("\n" + body).partition("\n" + _NEGATIVE)
+    prompt, negative = before[1:], negative if found else ""
+    if "Prompt" in settings:
+        prompt, negative = json.loads(settings.pop("Prompt")), json.loads(settings.pop("Negative"))
+    return prompt, negative, settings
+
+
+def read_parameters(file: Path) -> tuple[str, str, dict[str, str]]:
+    """As `parse_parameters`, of a picture; RequestError if it cannot be read or has no metadata."""
+    try:
+        with Image.open(file) as image:
+            image.load()
+            text = image.info.get(CHUNK)
+    except UnidentifiedImageError:
+        raise RequestError(f"{file}: not a picture; give a PNG made by this program") from None
+    except OSError as error:
+        raise RequestError(f"{file}: {error.strerror or error}; give a PNG made by this program") from None
+    if not isinstance(text, str):
+        raise RequestError(f"{file}: no metadata in this picture; give a PNG made by this program")
+    return parse_parameters(text)
+
+
+def save(image: Image.Image, file: Path, parameters: str) -> None:
+    """Writes a PNG with its parameters, to a temporary name first; OSError leaves nothing behind."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text(CHUNK, parameters)
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        image.save(partial, format="PNG", pnginfo=info)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_writable(file: Path) -> None:
+    """RequestError if a PNG cannot be written there: called before the work starts."""
+    if file.suffix.lower() != ".png":
+        raise RequestError(f"{file}: pictures are written as .png; give such a name")
+    if file.is_dir():
+        raise RequestError(f"{file}: a folder; give a file name")
+    try:
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise RequestError(f"{file}: cannot be written ({error.strerror}); give another -o/--output") from None
+
+
+def _line(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{key}: {_quoted(str(value))}" for key, value in settings.items())
+
+
+def _quoted(value: str) -> str:
+    return value if _PLAIN.fullmatch(value) else json.dumps(value)
+
+
+def _unquoted(value: str) -> str:
+    try:
+        return str(json.loads(value)) if value.startswith('"') else value.strip()
+    except ValueError:
+        return value

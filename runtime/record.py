@@ -1,0 +1,101 @@
+"""What a picture records of how it was drawn, and how to draw it again from that."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .bundle import Bundle
+from .errors import RequestError
+from .plan import Plan, load_table
+from .png import version
+
+if TYPE_CHECKING:
+    import epd
+
+    from .pipeline import Report
+
+_HASH = 16  # digits kept of a SHA-256
+_SAMPLERS = {"euler": "Euler", "heun": "Heun", "dpm2": "DPM2", "epd": "EPD"}
+
+
+def settings(bundle: Bundle, plan: Plan, report: Report, seed: int) -> dict[str, Any]:
+    """The settings line of a picture, in the order other tools write it; our own keys last."""
+    facts = bundle.facts
+    line: dict[str, Any] = {
+        "Steps": plan.steps,
+        "Sampler": _SAMPLERS[plan.solver],
+        "CFG scale": repr(plan.guidance),
+        "Seed": seed,
+        "Size": f"{plan.width}x{plan.height}",
+        "Model": facts.name,
+        "Version": f"epd-toolkit {version()}",
+        "Solver": plan.solver,
+    }
+    fingerprint = bundle.fingerprint()
+    if plan.table is not None:
+        line |= {"K": plan.directions, "Table hash": "start" if plan.start_table else table_hash(plan.table)}
+    if fingerprint is not None:
+        line["Bundle hash"] = fingerprint[:_HASH]
+    backbone = facts.components[bundle.backbone].precision
+    return line | {"Provider": report.provider["ran"], "Precision": backbone}
+
+
+def recorded(file: Path, line: dict[str, str], bundle: Bundle, asked: Collection[str] = ()) -> dict[str, Any]:
+    """Arguments of `make_plan` from a picture's settings line; the solver's are left out where one of them is `asked`.
+
+    Raises
+    ------
+    RequestError
+        This bundle cannot draw the picture again, or the line is damaged.
+    """
+    facts = bundle.facts
+    if "Solver" not in line:
+        raise RequestError(f"{file}: made by another program; give a picture of this one, or its settings by hand")
+    if line.get("Model") != facts.name:
+        raise RequestError(
+            f"{file}: drawn with {line.get('Model')}, this is {facts.name}; give its bundle with --model"
+        )
+    fingerprint = bundle.fingerprint()
+    if line.get("Bundle hash") != (fingerprint and fingerprint[:_HASH]):
+        raise RequestError(
+            f"{file}: drawn with another export of {facts.name} (bundle {line.get('Bundle hash')}); "
+            "give that bundle with --model"
+        )
+    try:
+        width, height = map(int, line["Size"].split("x"))
+        arguments: dict[str, Any] = {
+            "guidance_scale": float(line["CFG scale"]),
+            "seed": int(line["Seed"]),
+            "height": height,
+            "width": width,
+        }
+        if not {"solver", "table", "k"} & set(asked):
+            arguments |= {"solver": line["Solver"], "num_inference_steps": int(line["Steps"])}
+            arguments |= _recorded_table(file, line, bundle) if line["Solver"] == "epd" else {}
+    except (KeyError, ValueError) as error:
+        if isinstance(error, RequestError):
+            raise
+        raise RequestError(f"{file}: its metadata is damaged ({error}); give the settings by hand") from None
+    return arguments
+
+
+def _recorded_table(file: Path, line: dict[str, str], bundle: Bundle) -> dict[str, Any]:
+    if line["Table hash"] == "start":
+        return {"k": int(line["K"])}
+    for path in bundle.facts.tables:
+        table = load_table(bundle.folder / path)
+        if table_hash(table) == line["Table hash"]:
+            return {"table": table}
+    raise RequestError(
+        f"{file}: drawn with a table (hash {line['Table hash']}) that is not the bundle's; give it with --table"
+    )
+
+
+def table_hash(table: epd.Table) -> str:
+    """First digits of the SHA-256 of a table's content."""
+    text = json.dumps(table.to_json(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:_HASH]

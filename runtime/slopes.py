@@ -1,0 +1,131 @@
+"""The network as the solver sees it: guided slopes at K points of B images, as one batch of rows or as calls in turn.
+
+Rows are ordered (guidance half, point, image). Knows nothing of solvers, text or pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+import epd
+
+from .bundle import Facts
+from .errors import BundleError
+from .session import Session
+
+Array = NDArray[np.float64]
+Directions = Literal["batch", "calls"]
+
+
+class Slopes:
+    """Answers `epd.Points` with slopes dx/dsigma, (P, B, C, h, w) float64.
+
+    SD3: the state is the latent itself, the slope the velocity, the network's time num_train_timesteps * sigma.
+    SD1.5: the state is x_hat = x / alpha = x sqrt(1 + sigma^2), the slope epsilon, the network's time the (fractional)
+    timestep whose sigma it is.
+
+    Parameters
+    ----------
+    backbone : Session
+    facts : Facts
+    conditioning : mapping
+        Input name -> (H, ...) array: H = 2 (for the negative prompt, then the prompt) if guided, else 1.
+    guidance : float
+        slope = negative + guidance * (positive - negative); not used where H = 1.
+    directions : "batch" | "calls"
+        All P points in one call of H * P * B rows, or P calls of H * B. A graph whose timestep is one scalar for all
+        rows can only do the latter: see `directions_of`.
+
+    Attributes
+    ----------
+    guided_forwards : int
+        Rows evaluated so far.
+    """
+
+    def __init__(
+        self,
+        backbone: Session,
+        facts: Facts,
+        conditioning: Mapping[str, NDArray[Any]],
+        guidance: float,
+        directions: Directions,
+    ) -> None:
+        self.backbone, self.guidance, self.directions = backbone, guidance, directions
+        self.guided_forwards = 0
+        self._conditioning = conditioning
+        self._halves = len(next(iter(conditioning.values())))
+        self._network_input: Callable[[Array, Array], Array]
+        self._network_time: Callable[[Array], Array]
+        if facts.family == "sd3":
+            train_steps = facts.schedule.get("num_train_timesteps", 1000)
+            self._sample, self._answer = "hidden_states", "out_hidden_states"
+            self._network_time = lambda sigma: train_steps * sigma
+            self._network_input = lambda x, sigma: x
+        else:
+            self._sample, self._answer = "sample", "out_sample"
+            self._network_time = variance_preserving(facts).time
+            self._network_input = lambda x, sigma: x / np.sqrt(1 + sigma**2)
+        self._times_shape = _timestep_shape(backbone)
+
+    def __call__(self, points: epd.Points) -> Array:
+        x = np.asarray(points.x, np.float64)  # (P, B, C, h, w)
+        t = np.asarray(points.t, np.float64)
+        t = np.broadcast_to(t[:, None] if t.ndim == 1 else t, x.shape[:2])  # (P, B)
+        if self.directions == "batch":
+            return self._evaluate(x, t)
+        return np.concatenate([self._in_turn(x[p : p + 1], t[p : p + 1]) for p in range(len(x))])
+
+    def _in_turn(self, x: Array, t: Array) -> Array:
+        """One point: one call, or one an image where their times differ and the graph takes a single one."""
+        if _per_row(self._times_shape) or (t == t[0, 0]).all():
+            return self._evaluate(x, t)
+        return np.concatenate([self._evaluate(x[:, b : b + 1], t[:, b : b + 1]) for b in range(x.shape[1])], axis=1)
+
+    def _evaluate(self, x: Array, t: Array) -> Array:
+        """One call: x (P, B, C, h, w) at t (P, B)."""
+        sigma = t.reshape(*t.shape, *(1,) * (x.ndim - t.ndim))
+        rows = (self._halves, *t.shape)  # (H, P, B)
+        timestep = np.broadcast_to(self._network_time(t), rows).ravel()
+        if not _per_row(self._times_shape):
+            timestep = timestep[:1].reshape((1,) * len(self._times_shape))
+        sample = np.broadcast_to(self._network_input(x, sigma), (self._halves, *x.shape))
+        feeds = {self._sample: sample.reshape(-1, *x.shape[2:]), "timestep": timestep}
+        for name, value in self._conditioning.items():  # (H, ...) -> (H, P, B, ...) -> (rows, ...)
+            every = np.broadcast_to(value[:, None, None], (*rows, *value.shape[1:]))
+            feeds[name] = every.reshape(-1, *value.shape[1:])
+        answer: Array = self.backbone(want=[self._answer], **feeds)[self._answer].astype(np.float64)
+        self.guided_forwards += len(answer)
+        halves: Array = answer.reshape(self._halves, *x.shape)
+        slope: Array = halves[-1] if self._halves == 1 else halves[0] + self.guidance * (halves[1] - halves[0])
+        return slope
+
+
+def directions_of(backbone: Session) -> Directions:
+    """`batch` where the graph takes a timestep per row; `calls` where it takes one for all of them."""
+    return "batch" if _per_row(_timestep_shape(backbone)) else "calls"
+
+
+def _timestep_shape(backbone: Session) -> tuple[int | str, ...]:
+    shapes = {tensor.name: tensor.shape for tensor in backbone.inputs}
+    if "timestep" not in shapes:
+        raise BundleError(f"{backbone.path}: no input timestep in this graph (it has: {', '.join(shapes)})")
+    return shapes["timestep"]
+
+
+def _per_row(shape: tuple[int | str, ...]) -> bool:
+    return shape not in ((), (1,))
+
+
+def variance_preserving(facts: Facts) -> epd.schedule.VP:
+    """The noise schedule of an SD1.5 checkpoint, with diffusers' defaults where its configuration is silent."""
+    schedule = facts.schedule
+    return epd.schedule.VP(
+        beta_start=schedule.get("beta_start", 0.0001),
+        beta_end=schedule.get("beta_end", 0.02),
+        num_train_timesteps=schedule.get("num_train_timesteps", 1000),
+        beta_schedule=schedule.get("beta_schedule", "linear"),
+    )

@@ -1,0 +1,181 @@
+"""Prompts to conditioning: tokens, text encoders, and how each family puts their outputs together.
+
+Knows nothing of solvers or pictures. Tokenizers come from the bundle's own folders, never from the network.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+
+from .bundle import Bundle
+from .errors import BundleError
+from .session import Session
+
+Floats = NDArray[Any]  # float32 or float16, as the graph gives them
+log = logging.getLogger(__name__)
+
+# Words of CLIP's byte-pair encoding: contractions, runs of letters, single digits, runs of anything else.
+_CLIP_WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+
+
+def conditioning(bundle: Bundle, open_session: Callable[[str], Session], prompts: Sequence[str]) -> dict[str, Floats]:
+    """What the backbone is told of B prompts, by the name of its input. Each text encoder is released once it has run.
+
+    Returns
+    -------
+    dict
+        SD1.5: `encoder_hidden_states` (B, clip_tokens, width).
+        SD3: `encoder_hidden_states` (B, clip_tokens + t5_tokens, joint_width) and `pooled_projections` (B, width).
+
+    Raises
+    ------
+    BundleError
+        A tokenizer or text encoder is missing or damaged.
+    """
+    return (_sd3 if bundle.facts.family == "sd3" else _sd15)(bundle, open_session, prompts)
+
+
+def _sd15(bundle: Bundle, open_session: Callable[[str], Session], prompts: Sequence[str]) -> dict[str, Floats]:
+    ids = tokenize(bundle.folder / "tokenizer", prompts, bundle.facts.text.clip_tokens)
+    with open_session("text_encoder") as encoder:
+        return {"encoder_hidden_states": encoder(input_ids=ids, want=["last_hidden_state"])["last_hidden_state"]}
+
+
+def _sd3(bundle: Bundle, open_session: Callable[[str], Session], prompts: Sequence[str]) -> dict[str, Floats]:
+    text = bundle.facts.text
+    states, pooled = [], []
+    for suffix in ("", "_2"):
+        ids = tokenize(bundle.folder / f"tokenizer{suffix}", prompts, text.clip_tokens)
+        with open_session(f"text_encoder{suffix}") as encoder:
+            state = _second_to_last(encoder)
+            outputs = encoder(input_ids=ids, want=["text_embeds", state])
+        states.append(outputs[state])
+        pooled.append(outputs["text_embeds"])
+    clip = np.concatenate(states, axis=2)  # (B, clip_tokens, width_l + width_g)
+    if clip.shape[2] > text.joint_width:
+        raise BundleError(
+            f"{bundle.folder}: CLIP tokens of width {clip.shape[2]} do not fit joint_width "
+            f"{text.joint_width}; export it again"
+        )
+    clip = np.pad(clip, ((0, 0), (0, 0), (0, text.joint_width - clip.shape[2])))
+    t5 = _t5(bundle, open_session, prompts).astype(clip.dtype)
+    return {
+        "encoder_hidden_states": np.concatenate([clip, t5], axis=1),  # (B, clip_tokens + t5_tokens, joint_width)
+        "pooled_projections": np.concatenate(pooled, axis=1),  # (B, projection_l + projection_g)
+    }
+
+
+def _t5(bundle: Bundle, open_session: Callable[[str], Session], prompts: Sequence[str]) -> Floats:
+    """(B, t5_tokens, joint_width): zeros without a T5, which is another picture than leaving them out."""
+    text = bundle.facts.text
+    if "text_encoder_3" not in bundle.facts.components:
+        return np.zeros((len(prompts), text.t5_tokens, text.joint_width), np.float32)
+    ids = tokenize(bundle.folder / "tokenizer_3", prompts, text.t5_tokens)
+    with open_session("text_encoder_3") as encoder:
+        return encoder(input_ids=ids, want=["last_hidden_state"])["last_hidden_state"]
+
+
+def _second_to_last(encoder: Session) -> str:
+    """Name of the hidden state before the last one: hidden_states.0 is the embedding, .n the last layer's."""
+    names = [output.name for output in encoder.outputs if output.name.startswith("hidden_states.")]
+    if len(names) < 2:
+        raise BundleError(
+            f"{encoder.path}: no hidden_states.0..n among its outputs, which SD3 needs; "
+            "export it again with hidden states"
+        )
+    return sorted(names, key=lambda name: int(name.rpartition(".")[2]))[-2]
+
+
+def tokenize(folder: Path, prompts: Sequence[str], length: int) -> NDArray[np.int64]:
+    """Token ids (B, length): start and end tokens added, cut to `length` (a warning says what was lost), padded.
+
+    Raises
+    ------
+    BundleError
+        The folder has no readable tokenizer, or its pad token is not in the vocabulary.
+    """
+    tokenizer = _open(folder)
+    pad = _settings(folder).get("pad_token")
+    pad = pad["content"] if isinstance(pad, dict) else pad
+    pad_id = tokenizer.token_to_id(pad) if pad else None
+    if pad_id is None:
+        raise BundleError(f"{folder}: pad_token {pad!r} is not in the vocabulary; export or copy the bundle again")
+    tokenizer.enable_padding(length=length, pad_id=pad_id, pad_token=pad)
+    tokenizer.enable_truncation(length)
+    encodings = tokenizer.encode_batch(list(prompts))
+    for prompt, encoding in zip(prompts, encodings, strict=True):
+        if encoding.overflowing:
+            kept = max(stop for _, stop in encoding.offsets)
+            log.warning("%s: the prompt is cut to %d tokens; lost: %r", folder.name, length, prompt[kept:].strip())
+    return np.array([encoding.ids for encoding in encodings], np.int64)
+
+
+def _open(folder: Path) -> tokenizers.Tokenizer:
+    whole = folder / "tokenizer.json"
+    if not whole.is_file():
+        return _clip(folder)
+    try:
+        # `from_file` and `from_str` raise a bare Exception for a damaged file: have json look first.
+        return tokenizers.Tokenizer.from_str(json.dumps(_json(whole)))
+    except (ValueError, TypeError) as error:
+        raise BundleError(f"{whole}: not a tokenizer ({error}); export or copy the bundle again") from None
+
+
+def _clip(folder: Path) -> tokenizers.Tokenizer:
+    """CLIP's tokenizer from vocab.json and merges.txt, as Optimum's folders have them."""
+    if not (folder / "vocab.json").is_file() or not (folder / "merges.txt").is_file():
+        raise BundleError(f"{folder}: neither tokenizer.json nor vocab.json and merges.txt; export the bundle again")
+    vocabulary = _json(folder / "vocab.json")
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+    settings = _settings(folder)
+    start, end, unknown = (_word(settings, name) for name in ("bos_token", "eos_token", "unk_token"))
+    merges = [(pair[0], pair[1]) for pair in pairs]
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(vocabulary, merges, unk_token=unknown, continuing_subword_prefix="", end_of_word_suffix="</w>")
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = pre_tokenizers.Split(tokenizers.Regex(_CLIP_WORDS), behavior="removed", invert=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A {end}", special_tokens=[(start, vocabulary[start]), (end, vocabulary[end])]
+    )
+    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in (start, end)])
+    return tokenizer
+
+
+def _word(settings: dict[str, Any], name: str) -> str:
+    token = settings.get(name, "<|startoftext|>" if name == "bos_token" else "<|endoftext|>")
+    return str(token["content"] if isinstance(token, dict) else token)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """The special tokens: special_tokens_map.json where it is, under tokenizer_config.json, which newer files have."""
+    files = [folder / "special_tokens_map.json", folder / "tokenizer_config.json"]
+    merged: dict[str, Any] = {}
+    for file in files:
+        if file.is_file():
+            merged |= {key: value for key, value in _json(file).items() if value is not None}
+    return merged
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BundleError(f"{file}: not valid JSON ({error}); export or copy the bundle again") from None
+    if not isinstance(content, dict):
+        raise BundleError(f"{file}: not an object; export or copy the bundle again")
+    return content

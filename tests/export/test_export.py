@@ -1,0 +1,129 @@
+"""Exports of small random pipelines: what is in the bundle, and what its graphs compute."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from tests.pipelines import SD3_SIZE, SD15_SIZE, tiny_sd3, tiny_sd15
+
+from export import plan
+from export.__main__ import main
+from runtime.bundle import Bundle
+
+CASES = {"sd15": (tiny_sd15, SD15_SIZE, "fp32"), "sd3": (tiny_sd3, SD3_SIZE, "fp16")}
+
+
+@pytest.fixture(scope="session", params=CASES)
+def bundle(request, tmp_path_factory) -> Bundle:
+    make, (height, width), dtype = CASES[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    checkpoint, target = make(folder / "checkpoint"), folder / "bundle"
+    command = [
+        str(checkpoint),
+        "-o",
+        str(target),
+        "--height",
+        str(height),
+        "--width",
+        str(width),
+        "--dtype",
+        dtype,
+        "-k",
+        "3",
+    ]
+    assert main(command) == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["bundle", "checkpoint"]
+    return Bundle.open(target)
+
+
+def session(bundle: Bundle, component: str) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(bundle.graph(component), providers=["CPUExecutionProvider"])
+
+
+def samples(bundle: Bundle, component: str, rows: int) -> dict[str, np.ndarray]:
+    """Noise, and timesteps that differ from row to row."""
+    random = np.random.default_rng(rows)
+    fed = {}
+    for tensor in bundle.facts.components[component].inputs:
+        shape = (rows, *tensor.shape[1:])
+        fed[tensor.name] = random.standard_normal(shape).astype(tensor.dtype)
+    fed["timestep"] = np.linspace(900, 20, rows, dtype=np.float32)
+    return fed
+
+
+def test_every_component_was_compared_with_torch_at_2_and_2k_rows(bundle: Bundle):
+    bundle.verify()
+    for component in bundle.facts.components.values():
+        assert component.parity is not None
+        assert component.parity.rows == (2, 6)
+        assert 0 < component.parity.error <= component.parity.tolerance
+        assert all(tensor.shape[0] == "rows" for tensor in (*component.inputs, *component.outputs))
+
+
+def test_layout_is_optimums(bundle: Bundle):
+    for name in bundle.facts.components:
+        assert {path.name for path in (bundle.folder / name).iterdir()} == {
+            "config.json",
+            "model.onnx",
+            "model.onnx_data",
+        }
+    for tokenizer in bundle.folder.glob("tokenizer*"):
+        assert {"vocab.json", "merges.txt", "tokenizer_config.json", "tokenizer.json"} <= {
+            path.name for path in tokenizer.iterdir()
+        }
+    names = {path.name for path in bundle.folder.iterdir() if path.is_file()}
+    assert names == {"bundle.json", "model_index.json"}
+    index = json.loads((bundle.folder / "model_index.json").read_text(encoding="utf-8"))
+    assert index.get("text_encoder_3", [None, None]) == [None, None]
+
+
+def test_timestep_has_one_entry_per_row(bundle: Bundle):
+    declared = {tensor.name: tensor for tensor in bundle.facts.components[bundle.backbone].inputs}
+    assert declared["timestep"].shape == ("rows",)
+    assert declared["timestep"].dtype == "float32"
+
+
+@pytest.mark.parametrize("directions", [1, 2, 3])
+def test_permuting_rows_permutes_outputs(bundle: Bundle, directions: int):
+    backbone, rows = session(bundle, bundle.backbone), 2 * directions
+    fed = samples(bundle, bundle.backbone, rows)
+    order = np.random.default_rng(0).permutation(rows)
+    (straight,) = backbone.run(None, fed)
+    (permuted,) = backbone.run(None, {name: array[order] for name, array in fed.items()})
+    np.testing.assert_allclose(permuted, straight[order], rtol=0, atol=1e-4 * np.abs(straight).max())
+
+
+def test_every_input_of_a_row_is_felt_in_that_row_alone(bundle: Bundle):
+    backbone, fed = session(bundle, bundle.backbone), samples(bundle, bundle.backbone, 3)
+    (before,) = backbone.run(None, fed)
+    for name, array in fed.items():
+        changed = array.copy()
+        changed[1] = 400 if name == "timestep" else -array[1]
+        (after,) = backbone.run(None, fed | {name: changed})
+        difference = np.abs(after - before).max(axis=(1, 2, 3)) / np.abs(before).max()
+        assert difference[1] > 0.01, name
+        assert difference[[0, 2]].max() < 1e-5, name
+
+
+def test_multiply_accumulates_follow_the_size_of_the_picture(bundle: Bundle):
+    decoder = bundle.facts.components["vae_decoder"]
+    last = max(
+        (name for name in decoder.macs if "conv2d" in name),
+        key=lambda name: int(name.rpartition("_")[2] or 0) if name.rpartition("_")[2].isdecimal() else 0,
+    )
+    height, width = bundle.facts.defaults.height, bundle.facts.defaults.width
+    assert decoder.macs[last] == height * width * 3 * 8 * 9  # 3x3 from 8 channels to red, green and blue
+
+
+@pytest.mark.parametrize("side", [2, 1024])
+def test_trial_is_never_larger_than_the_picture_and_keeps_the_multiple(tmp_path: Path, side: int):
+    from runtime.bundle import Source, describe
+
+    facts = describe(tiny_sd15(tmp_path), "tiny", Source("tiny"))
+    multiple = facts.latent.factor * facts.latent.down
+    height, width = plan.trial_size(facts, side * multiple, side * multiple)
+    assert height % multiple == width % multiple == 0
+    assert height <= side * multiple and width <= side * multiple
+    assert max(height, width) <= 24 * facts.latent.factor

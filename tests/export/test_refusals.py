@@ -1,0 +1,143 @@
+"""Bad input to the exporter: one line that names cause and remedy, and nothing half-written."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tests.pipelines import tiny_sd15
+
+from export import write
+from export.__main__ import main
+from runtime.bundle import Bundle
+
+ROOT = Path(write.__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    return tiny_sd15(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    return tmp_path / "bundle"
+
+
+def refusal(capsys, *command: object) -> str:
+    """What a refused export says: one line on standard error, status 2."""
+    assert main([str(word) for word in command]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("export: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_a_folder_that_is_no_checkpoint(capsys, tmp_path: Path, target: Path):
+    (tmp_path / "empty").mkdir()
+    assert "model_index.json is missing" in refusal(capsys, tmp_path / "empty", "-o", target)
+    assert not target.exists()
+
+
+def test_a_name_that_means_nothing(capsys, target: Path):
+    assert "sd3-medium, sd15, shapes-sd3" in refusal(capsys, "no-such-model", "-o", target)
+
+
+def test_a_model_that_is_not_downloaded(capsys, tmp_path: Path, target: Path):
+    line = refusal(capsys, "nobody/nothing", "--offline", "--cache-dir", tmp_path / "cache", "-o", target)
+    assert "not in the cache" in line
+
+
+def test_a_missing_component(capsys, checkpoint: Path, tmp_path: Path, target: Path):
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    shutil.rmtree(copy / "text_encoder")
+    assert "no text_encoder" in refusal(capsys, copy, "-o", target)
+    next((copy / "unet").glob("*.safetensors")).unlink()
+    assert "lacks this component's weights" in refusal(capsys, copy, "-o", target, "--components", "unet")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy"]
+
+
+def test_truncated_weights(capsys, checkpoint: Path, tmp_path: Path, target: Path):
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    weights = next((copy / "unet").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert "unet: its weights" in refusal(capsys, copy, "-o", target, "--components", "unet")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--height", "76"], "multiple of 8, such as 72 or 80"),
+        (["--width", "-8"], "multiple of 8"),
+        (["--components", "transformer"], "this model has text_encoder, unet, vae_decoder, vae_encoder"),
+        (["--t5", "fp16"], "only Stable Diffusion 3"),
+        (["-k", "0"], "at least one direction"),
+        (["--random-weights"], "--random-weights knows sd15, sd3-medium"),
+    ],
+)
+def test_options_that_do_not_fit(capsys, checkpoint: Path, target: Path, arguments: list[str], said: str):
+    assert said in refusal(capsys, checkpoint, "-o", target, *arguments)
+    assert not target.exists()
+
+
+def test_what_is_there_is_left_alone(capsys, checkpoint: Path, target: Path):
+    target.mkdir()
+    (target / "thesis.txt").write_text("years of work", encoding="utf-8")
+    assert "no bundle" in refusal(capsys, checkpoint, "-o", target, "--overwrite")
+    (target / "bundle.json").write_text("{}", encoding="utf-8")
+    assert "--overwrite" in refusal(capsys, checkpoint, "-o", target)
+    assert (target / "thesis.txt").exists()
+
+
+def test_a_place_that_cannot_be_written(capsys, checkpoint: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    assert "cannot be written" in refusal(capsys, checkpoint, "-o", tmp_path / "file" / "bundle")
+
+
+def test_a_full_disk(capsys, monkeypatch, checkpoint: Path, target: Path):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "somewhere")
+
+    monkeypatch.setattr(write, "write_configurations", full)
+    assert "No space left on device" in refusal(capsys, checkpoint, "-o", target)
+    assert list(target.parent.iterdir()) == []
+
+
+def test_a_kill_in_mid_export_leaves_the_old_bundle_whole_and_the_next_export_clears_up(checkpoint: Path, target: Path):
+    command = [str(checkpoint), "-o", str(target), "--components", "vae_decoder", "--overwrite"]
+    assert main(command) == 0
+    before = Bundle.open(target).fingerprint()
+    process = subprocess.Popen([sys.executable, "-m", "export", *command], cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(target.parent.glob(".bundle.*.partial/vae_decoder")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
+    process.wait()
+    assert len(list(target.parent.glob(".bundle.*.partial"))) == 1
+    Bundle.open(target).verify()
+    assert Bundle.open(target).fingerprint() == before
+    assert main(command) == 0
+    assert [path.name for path in target.parent.iterdir()] == ["bundle"]
+
+
+def test_a_kill_between_the_two_renames_gives_the_old_bundle_back(target: Path):
+    old = target.parent / ".bundle.4194305.old"  # no such process: above the largest id of Linux
+    old.mkdir()
+    (old / "bundle.json").write_text("{}", encoding="utf-8")
+    write._clear_remains(target)
+    assert [path.name for path in target.parent.iterdir()] == ["bundle"]
+
+
+def test_dry_run_counts_the_published_architecture_and_writes_nothing(capsys, target: Path):
+    command = ["sd15", "--random-weights", "--components", "unet", "--dry-run", "--json", "-o", str(target)]
+    assert main(command) == 0
+    predicted = json.loads(capsys.readouterr().out)
+    assert predicted["components"]["unet"]["parameters"] == 859_520_964  # as published
+    assert not target.exists()

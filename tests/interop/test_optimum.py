@@ -1,0 +1,54 @@
+"""Optimum's pipelines open our bundles, and our runtime runs a folder that Optimum exported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("optimum.onnxruntime", reason="needs the extra `interop`")
+
+from runtime.pipeline import Pipeline
+from tests.compare import by_diffusers, by_runtime, diffusers_pipeline, psnr
+from tests.conftest import SIZES
+
+pytestmark = pytest.mark.interop
+PROMPTS = ["a red ring above a blue cross on a white background", ""]
+DRAWING = {"num_inference_steps": 4, "guidance_scale": 4.0}
+
+
+@pytest.mark.parametrize("family", ["sd3", "sd15"])
+def test_optimum_opens_our_bundle_and_draws_the_same(family, tiny_bundles):
+    from optimum.onnxruntime import ORTStableDiffusion3Pipeline, ORTStableDiffusionPipeline
+
+    kind = {"sd3": ORTStableDiffusion3Pipeline, "sd15": ORTStableDiffusionPipeline}[family]
+    pipeline = kind.from_pretrained(tiny_bundles[family])
+    pipeline.set_progress_bar_config(disable=True)
+    height, width = SIZES[family]
+    theirs = by_diffusers(pipeline, PROMPTS, 4, height=height, width=width, **DRAWING)
+    ours = by_runtime(Pipeline.from_pretrained(tiny_bundles[family]), PROMPTS, 4, solver="euler", **DRAWING)
+    assert theirs.std() > 0.02
+    assert psnr(ours, theirs) >= 60
+
+
+@pytest.mark.parametrize("family", ["sd3", "sd15"])
+def test_a_folder_of_optimums_runs_here(family, tiny_checkpoints, tmp_path, caplog):
+    folder = tmp_path / "optimum"
+    command = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", "onnx", "--model",
+               str(tiny_checkpoints[family]), "--task", "text-to-image", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    height, width = SIZES[family]
+    pipeline = Pipeline.from_pretrained(folder)
+    size = {"height": height, "width": width}
+    ours = by_runtime(pipeline, PROMPTS, 4, solver="euler", **DRAWING, **size)
+    reference = diffusers_pipeline(tiny_checkpoints[family], family)
+    theirs = by_diffusers(reference, PROMPTS, 4, **DRAWING, **size)
+    assert psnr(ours, theirs) >= 60
+    result = pipeline("a red ring", seed=1, solver="epd", k=2, num_inference_steps=2, **size)
+    assert np.asarray(result.images[0]).std() > 0
+    assert result.report.directions == {"sd3": "batch", "sd15": "calls"}[family]
+    assert ("calls in turn" in caplog.text) == (family == "sd15")

@@ -1,0 +1,137 @@
+import dataclasses
+import json
+import shutil
+
+import pytest
+import tiny_bundle
+
+from runtime.bundle import Bundle, BundleError, read_facts, write_facts
+
+
+@pytest.fixture
+def copy(bundles, tmp_path):
+    return shutil.copytree(bundles["sd3"], tmp_path / "copy")
+
+
+def test_facts_survive_writing(bundles, family, tmp_path):
+    facts = read_facts(bundles[family] / "bundle.json")
+    write_facts(tmp_path, facts)
+    assert read_facts(tmp_path / "bundle.json") == facts
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle.json"]
+
+
+def _set(content, path, value):
+    *parents, last = path.split(".")
+    for name in parents:
+        content = content[int(name) if name.isdigit() else name]
+    content[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("format", 2, "format 2, this program reads 1"),
+        ("format", None, "format None"),
+        ("family", "sdxl", "family is 'sdxl', expected one of sd3, sd15"),
+        ("name", 5, "name is 5, expected str"),
+        ("nonsense", 1, "unknown field 'nonsense' in the file"),
+        ("source", [], "source is [], expected an object"),
+        ("source.random_weights", "no", "source.random_weights is 'no', expected bool"),
+        ("latent.channels", "4", "latent.channels is '4', expected int"),
+        ("latent.scaling", None, "latent.scaling is None, expected float"),
+        ("defaults.height", 1.5, "defaults.height is 1.5, expected int"),
+        ("components", [], "components is [], expected an object"),
+        ("components.transformer.files", "x", "components.transformer.files is 'x', expected a list"),
+        ("components.transformer.files.0.bytes", "x", "components.transformer.files[0].bytes is 'x', expected int"),
+        ("components.transformer.graph", "../model.onnx", "'../model.onnx' leads out of the bundle"),
+        ("components.transformer.graph", "/model.onnx", "'/model.onnx' leads out of the bundle"),
+        ("components.transformer.graph", "C:\\model.onnx", "leads out of the bundle"),
+        ("components.transformer.files.0.path", "a/../../b", "leads out of the bundle"),
+        ("tables", ["../t.json"], "leads out of the bundle"),
+        ("components.transformer.parity.rows", [1, "2"], "components.transformer.parity.rows[1] is '2', expected int"),
+    ],
+)
+def test_a_broken_rule_names_the_field(copy, path, value, words):
+    file = copy / "bundle.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    _set(content, path, value)
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(BundleError) as refused:
+        Bundle.open(copy)
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("missing", ["family", "latent", "components.transformer.graph"])
+def test_a_missing_field_is_named(copy, missing):
+    file = copy / "bundle.json"
+    content = inner = json.loads(file.read_text(encoding="utf-8"))
+    *parents, last = missing.split(".")
+    for name in parents:
+        inner = inner[name]
+    del inner[last]
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(BundleError, match=f"missing field '{last}'"):
+        Bundle.open(copy)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\x00"])
+def test_damaged_json(copy, text):
+    (copy / "bundle.json").write_text(text, encoding="utf-8")
+    with pytest.raises(BundleError, match="the file is damaged"):
+        Bundle.open(copy)
+
+
+def test_a_truncated_file_is_seen_at_opening_and_a_changed_one_by_verify(copy):
+    graph = copy / "transformer" / "model.onnx"
+    content = bytearray(graph.read_bytes())
+    content[len(content) // 2] ^= 1
+    graph.write_bytes(content)
+    bundle = Bundle.open(copy)
+    with pytest.raises(BundleError, match="SHA-256 differs"):
+        bundle.verify()
+    graph.write_bytes(content[:-1])
+    with pytest.raises(BundleError, match="truncated or replaced"):
+        Bundle.open(copy)
+    graph.unlink()
+    with pytest.raises(BundleError, match="missing"):
+        Bundle.open(copy)
+
+
+def test_folders_that_are_no_bundle(tmp_path):
+    with pytest.raises(BundleError, match="no such folder"):
+        Bundle.open(tmp_path / "nothing")
+    with pytest.raises(BundleError, match=r"neither bundle\.json nor model_index\.json"):
+        Bundle.open(tmp_path)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}', encoding="utf-8")
+    with pytest.raises(BundleError, match="a FluxPipeline; supported are StableDiffusion3Pipeline"):
+        Bundle.open(tmp_path)
+
+
+def test_a_missing_component_names_what_there_is(bundles):
+    bundle = Bundle.open(bundles["sd3"])
+    with pytest.raises(BundleError, match=r"no vae_encoder in this bundle \(it has: text_encoder, "):
+        bundle.require("transformer", "vae_encoder")
+
+
+def test_a_folder_of_optimum_is_described_as_its_bundle(bundles):
+    foreign, ours = Bundle.open(bundles["optimum"]), Bundle.open(bundles["sd15"])
+    assert foreign.foreign
+    assert foreign.fingerprint() is None
+    for name in ("family", "prediction", "latent", "text"):
+        assert getattr(foreign.facts, name) == getattr(ours.facts, name)
+    assert foreign.facts.components.keys() == ours.facts.components.keys()
+    assert foreign.sample_size() == (16, 16)
+
+
+def test_another_prediction_type_is_refused(tmp_path):
+    folder = tiny_bundle.bundle(tmp_path / "v", "sd15", bare=True)
+    schedule = {**tiny_bundle.SD15_SCHEDULE, "prediction_type": "v_prediction"}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule), encoding="utf-8")
+    with pytest.raises(BundleError, match="v_prediction"):
+        Bundle.open(folder)
+
+
+def test_facts_cannot_be_changed(bundles):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Bundle.open(bundles["sd3"]).facts.name = "other"

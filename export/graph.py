@@ -5,9 +5,11 @@ Knows nothing of Stable Diffusion.
 
 from __future__ import annotations
 
-import math
+import functools
+import operator
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -40,7 +42,20 @@ def trace(
         verbose=False,
     )
     assert program is not None
+    _forget_origin(program.model)
     return program.model
+
+
+def _forget_origin(model: ir.Model) -> None:
+    """Removes what the exporter notes of each node: stack traces, with the paths of this machine, above all."""
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.metadata_props.clear()
 
 
 def save(model: ir.Model, path: Path) -> None:
@@ -52,8 +67,8 @@ def save_sharing(model: ir.Model, path: Path, other: Path) -> None:
     """Writes a graph that takes from the data file of `other`, in the same folder, every weight both hold alike."""
     stored = ir.load(other).graph.initializers
     for name, value in model.graph.initializers.items():
-        have = stored[name].const_value if name in stored else None
-        if isinstance(have, ir.ExternalTensor) and np.array_equal(have.numpy(), value.const_value.numpy()):
+        have, own = stored[name].const_value if name in stored else None, value.const_value
+        if isinstance(have, ir.ExternalTensor) and own is not None and np.array_equal(have.numpy(), own.numpy()):
             value.const_value = have
     ir.save(model, path)
 
@@ -61,7 +76,7 @@ def save_sharing(model: ir.Model, path: Path, other: Path) -> None:
 def declared(model: ir.Model) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Inputs and outputs, as the graph declares them."""
 
-    def tensor(value: ir.Value) -> Tensor:
+    def tensor(value: Any) -> Tensor:
         shape = tuple(n if isinstance(n, int) else str(n.value) for n in value.shape)
         return Tensor(value.name, value.dtype.numpy().name, shape)
 
@@ -73,38 +88,42 @@ def macs(model: ir.Model, axis: str) -> dict[str, int]:
 
     Of Attention the two products are counted, scores and their sum over values, without masks.
     """
-    counts = {}
+    counts: dict[str, int] = {}
     for node in model.graph:
         if node.op_type in _COUNT:
-            counts[node.name] = _COUNT[node.op_type](node, axis)
+            counts[str(node.name)] = _COUNT[node.op_type](node, axis)
     return counts
 
 
-def _shape(value: ir.Value, axis: str) -> list[int]:
+def _shape(value: Any, axis: str) -> list[int]:
     """Shape with the dynamic axis as 1; products such as `8*rows` are understood."""
     if value.shape is None:
         raise ValueError(f"{value.name} has no shape: its multiply-accumulates cannot be counted")
     sizes = []
     for size in value.shape:
         factors = [1 if part == axis else int(part) for part in str(size).replace(" ", "").strip("()").split("*")]
-        sizes.append(math.prod(factors))
+        sizes.append(_product(factors))
     return sizes
 
 
-def _conv(node: ir.Node, axis: str) -> int:
-    return math.prod(_shape(node.outputs[0], axis)) * math.prod(_shape(node.inputs[1], axis)[1:])
+def _product(sizes: Sequence[int]) -> int:
+    return functools.reduce(operator.mul, sizes, 1)
 
 
-def _matmul(node: ir.Node, axis: str) -> int:
-    return math.prod(_shape(node.outputs[0], axis)) * _shape(node.inputs[0], axis)[-1]
+def _conv(node: Any, axis: str) -> int:
+    return _product(_shape(node.outputs[0], axis)) * _product(_shape(node.inputs[1], axis)[1:])
 
 
-def _gemm(node: ir.Node, axis: str) -> int:
+def _matmul(node: Any, axis: str) -> int:
+    return _product(_shape(node.outputs[0], axis)) * _shape(node.inputs[0], axis)[-1]
+
+
+def _gemm(node: Any, axis: str) -> int:
     transposed = "transA" in node.attributes and node.attributes["transA"].as_int()
-    return math.prod(_shape(node.outputs[0], axis)) * _shape(node.inputs[0], axis)[0 if transposed else 1]
+    return _product(_shape(node.outputs[0], axis)) * _shape(node.inputs[0], axis)[0 if transposed else 1]
 
 
-def _attention(node: ir.Node, axis: str) -> int:
+def _attention(node: Any, axis: str) -> int:
     """Query (rows, heads, L, D) or (rows, L, heads D), key and value alike with S for L."""
     query, key, value = (_shape(tensor, axis) for tensor in node.inputs[:3])
     if len(query) == 3:

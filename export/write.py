@@ -156,7 +156,7 @@ def write_configurations(plan: Plan, folder: Path) -> None:
 
 
 def _complete_tokenizer(folder: Path) -> None:
-    """Adds what a tokenizer folder lacks: tokenizer.json, which the runtime reads, and, of CLIP, the older pair of files.
+    """Adds what a tokenizer folder lacks: tokenizer.json, which the runtime reads, and CLIP's older pair of files.
 
     transformers 5 writes only tokenizer.json; transformers 4, and so Optimum, reads CLIP's vocab.json and merges.txt.
     """

@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.pipelines import tiny_sd15
 
 from export import write
 from export.__main__ import main
 from runtime.bundle import Bundle
+from tests.pipelines import tiny_sd15
 
 ROOT = Path(write.__file__).parent.parent
 

@@ -7,6 +7,7 @@ over the weights of the first graph's data file, and only sizes may differ betwe
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import logging
@@ -51,11 +52,9 @@ def main(path: str) -> int:
         found = {"export": export, "parity": parity}[job.task](job)
     except ExportError as error:
         found = {"failure": str(error)}
-    except OSError as error:  # a full disk, above all
-        found = {
-            "failure": f"{job.component}: {error.strerror or error}: {error.filename or job.folder}; "
-            "free some space or give another -o"
-        }
+    except OSError as error:
+        remedy = "; free some space or give another -o" if error.errno == errno.ENOSPC else ""
+        found = {"failure": f"{job.component}: {error.strerror or error}: {error.filename or job.folder}{remedy}"}
     found |= {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_rss()}
     Path(job.result).write_text(json.dumps(found), encoding="utf-8")
     return 1 if "failure" in found else 0

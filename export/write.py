@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,12 +72,12 @@ def write(plan: Plan, target: Path, overwrite: bool, say: Say) -> dict[str, Writ
         If a component cannot be exported or differs from torch by more than its tolerance; nothing is left behind.
     """
     check_target(target, overwrite)
-    with _aside(target) as partial:
+    with tempfile.TemporaryDirectory(prefix="export-") as notes, _aside(target) as partial:
         write_configurations(plan, partial)
         written = {}
         for number, (component, at) in enumerate(plan.precisions.items(), 1):
             say(f"[{number}/{len(plan.precisions)}] {component}: exporting at {at}")
-            written[component] = _write_component(plan, component, at, partial)
+            written[component] = _write_component(plan, component, at, partial, Path(notes))
             say(_told(component, written[component]))
         facts = replace(
             plan.facts, components={name: one.component for name, one in written.items()}, exported_by=_tools()
@@ -176,7 +177,7 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_component(plan: Plan, component: str, at: str, partial: Path) -> Written:
+def _write_component(plan: Plan, component: str, at: str, partial: Path, notes: Path) -> Written:
     folder = partial / component
     folder.mkdir(exist_ok=True)
     started = time.perf_counter()
@@ -187,7 +188,7 @@ def _write_component(plan: Plan, component: str, at: str, partial: Path) -> Writ
                 component=component,
                 checkpoint=str(plan.checkpoint.folder),
                 folder=str(folder),
-                result=str(partial / f"{component}.{task}.json"),
+                result=str(notes / f"{component}.{task}.json"),
                 precision=at,
                 height=plan.height,
                 width=plan.width,
@@ -263,8 +264,6 @@ def run(job: Job) -> dict[str, Any]:
             f"{tail[-1] if tail else 'no message'}; this is a fault of the exporter; nothing was written"
         )
     found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-    for file in (result, log, task):
-        file.unlink()
     if "failure" in found:
         raise ExportError(found["failure"])
     return found

@@ -51,6 +51,8 @@ class Drawing:
 
 DRAWING = {"sd3": Drawing(28, 3.0, models.T5_TOKENS), "sd15": Drawing(50, 5.0, 0)}
 PIPELINES = {"sd3": StableDiffusion3Pipeline, "sd15": StableDiffusionPipeline}
+# diffusers wants to be told that there is no T5, also where model_index.json says so.
+ABSENT: dict[str, dict[str, None]] = {"sd3": {"text_encoder_3": None, "tokenizer_3": None}, "sd15": {}}
 
 
 def assemble(name: str, work: Path) -> DiffusionPipeline:
@@ -136,7 +138,7 @@ def publish(name: str, work: Path, drawing: Drawing) -> dict[str, float]:
     pipeline = assemble(name, work)
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(partial)
-    pipeline = PIPELINES[name].from_pretrained(partial, torch_dtype=torch.float32)
+    pipeline = PIPELINES[name].from_pretrained(partial, torch_dtype=torch.float32, **ABSENT[name])
     (partial / "shapes.json").write_text(
         json.dumps({"steps": drawing.steps, "guidance": drawing.guidance, "t5_tokens": drawing.t5_tokens}) + "\n",
         encoding="utf-8",
@@ -160,7 +162,8 @@ def _card(name: str, work: Path, drawing: Drawing, right: dict[str, float], psnr
     rows = "".join(f"| {attribute} | {share:.1%} |\n" for attribute, share in right.items())
     kind = PIPELINES[name].__name__
     t5 = (
-        f"\nTrained with {drawing.t5_tokens} empty T5 tokens: give diffusers `max_sequence_length={drawing.t5_tokens}`."
+        f"\nTrained with {drawing.t5_tokens} empty T5 tokens: give diffusers `max_sequence_length={drawing.t5_tokens}`,\n"
+        "and load it with `StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)`."
         if drawing.t5_tokens
         else ""
     )

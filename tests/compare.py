@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
 
 from runtime.pipeline import Pipeline
-
-PIPELINES = {"sd3": StableDiffusion3Pipeline, "sd15": StableDiffusionPipeline}
+from shapes.publish import ABSENT, PIPELINES
 
 
 def psnr(one: NDArray[Any], other: NDArray[Any]) -> float:
@@ -23,7 +22,7 @@ def psnr(one: NDArray[Any], other: NDArray[Any]) -> float:
 
 def diffusers_pipeline(folder: Path, family: str) -> DiffusionPipeline:
     """The checkpoint in diffusers, fp32, quiet."""
-    pipeline = PIPELINES[family].from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline = PIPELINES[family].from_pretrained(folder, torch_dtype=torch.float32, **ABSENT[family])
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

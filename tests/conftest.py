@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,11 +26,23 @@ def tiny_checkpoints(tmp_path_factory: TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def tiny_bundles(tiny_checkpoints: dict[str, Path], tmp_path_factory: TempPathFactory) -> dict[str, Path]:
-    """Family -> the bundle of its small checkpoint, fp32."""
+    """Family -> the bundle of its small checkpoint, fp32, parity tried for three directions."""
+    root = tmp_path_factory.mktemp("bundles")
+    return {family: _export(tiny_checkpoints[family], family, root / family, "fp32") for family in SIZES}
+
+
+@pytest.fixture(scope="session")
+def tiny_fp16_bundle(tiny_checkpoints: dict[str, Path], tmp_path_factory: TempPathFactory) -> Callable[[], Path]:
+    """Makes, when first called, the fp16 bundle of the small SD3 checkpoint."""
+    folder = tmp_path_factory.mktemp("fp16") / "sd3"
+    return cache(lambda: _export(tiny_checkpoints["sd3"], "sd3", folder, "fp16"))
+
+
+def _export(checkpoint: Path, family: str, target: Path, dtype: str) -> Path:
     from export.__main__ import main
 
-    root = tmp_path_factory.mktemp("bundles")
-    for family, (height, width) in SIZES.items():
-        size = ["--height", str(height), "--width", str(width)]
-        assert main([str(tiny_checkpoints[family]), "-o", str(root / family), *size]) == 0
-    return {family: root / family for family in SIZES}
+    height, width = map(str, SIZES[family])
+    command = [str(checkpoint), "-o", str(target), "--height", height, "--width", width, "--dtype", dtype, "-k", "3"]
+    assert main(command) == 0
+    assert [path.name for path in target.parent.iterdir() if path.name.startswith(".")] == []
+    return target

@@ -39,14 +39,17 @@ def test_pictures_are_right_and_nothing_heavy_is_imported():
     pipeline = Pipeline.from_pretrained("shapes-sd3")
     right = [accepts(pipeline(caption, seed=2).images[0], parse(caption)) for caption in CAPTIONS]
     assert sum(right) >= 2, right
-    code = "import sys, runtime.pipeline, runtime.__main__; print(sorted({'torch', 'transformers', 'diffusers', 'onnx'} & set(sys.modules)))"
+    code = "import sys, runtime.pipeline, runtime.__main__; print(*sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert not {"torch", "transformers", "diffusers", "onnx", "export"} & set(done.stdout.split())
 
 
 def test_a_picture_draws_itself_again_from_its_metadata(tmp_path):
     first, again = tmp_path / "first.png", tmp_path / "again.png"
-    assert runtime("generate", CAPTIONS[2], "-s", "9", "--steps", "6", "--solver", "heun", "-o", str(first)).returncode == 0
+    assert (
+        runtime("generate", CAPTIONS[2], "-s", "9", "--steps", "6", "--solver", "heun", "-o", str(first)).returncode
+        == 0
+    )
     done = runtime("generate", "--from-metadata", str(first), "-o", str(again))
     assert done.returncode == 0, done.stderr
     assert np.array_equal(np.asarray(Image.open(first)), np.asarray(Image.open(again)))
@@ -60,7 +63,7 @@ def test_a_picture_draws_itself_again_from_its_metadata(tmp_path):
         (["generate", "x", "-H", "128", "-W", "128"], "python -m export"),
         (["generate", "x", "--provider", "cuda"], "pip install"),
         (["generate", "x", "--table", "none.json"], "none.json"),
-        (["generate", "x", "-o", "/proc/nowhere/x.png"], "/proc/nowhere"),
+        (["generate", "x", "-o", f"{__file__}/x.png"], "x.png"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(arguments, remedy):

@@ -8,34 +8,14 @@ import onnxruntime
 import pytest
 
 from export import plan
-from export.__main__ import main
 from runtime.bundle import Bundle
-from tests.pipelines import SD3_SIZE, SD15_SIZE, tiny_sd3, tiny_sd15
-
-CASES = {"sd15": (tiny_sd15, SD15_SIZE, "fp32"), "sd3": (tiny_sd3, SD3_SIZE, "fp16")}
+from tests.pipelines import tiny_sd15
 
 
-@pytest.fixture(scope="session", params=CASES)
-def bundle(request, tmp_path_factory) -> Bundle:
-    make, (height, width), dtype = CASES[request.param]
-    folder = tmp_path_factory.mktemp(request.param)
-    checkpoint, target = make(folder / "checkpoint"), folder / "bundle"
-    command = [
-        str(checkpoint),
-        "-o",
-        str(target),
-        "--height",
-        str(height),
-        "--width",
-        str(width),
-        "--dtype",
-        dtype,
-        "-k",
-        "3",
-    ]
-    assert main(command) == 0
-    assert sorted(path.name for path in folder.iterdir()) == ["bundle", "checkpoint"]
-    return Bundle.open(target)
+@pytest.fixture(params=["sd15", "sd3", pytest.param("sd3-fp16", marks=pytest.mark.slow)])
+def bundle(request, tiny_bundles, tiny_fp16_bundle) -> Bundle:
+    family = request.param
+    return Bundle.open(tiny_fp16_bundle() if family == "sd3-fp16" else tiny_bundles[family])
 
 
 def session(bundle: Bundle, component: str) -> onnxruntime.InferenceSession:

@@ -14,14 +14,13 @@ import pytest
 from export import write
 from export.__main__ import main
 from runtime.bundle import Bundle
-from tests.pipelines import tiny_sd15
 
 ROOT = Path(write.__file__).parent.parent
 
 
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory) -> Path:
-    return tiny_sd15(tmp_path_factory.mktemp("checkpoint"))
+@pytest.fixture
+def checkpoint(tiny_checkpoints: dict[str, Path]) -> Path:
+    return tiny_checkpoints["sd15"]
 
 
 @pytest.fixture
@@ -101,15 +100,26 @@ def test_a_place_that_cannot_be_written(capsys, checkpoint: Path, tmp_path: Path
     assert "cannot be written" in refusal(capsys, checkpoint, "-o", tmp_path / "file" / "bundle")
 
 
-def test_a_full_disk(capsys, monkeypatch, checkpoint: Path, target: Path):
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device", "somewhere")
+@pytest.fixture(params=[64, 300])  # kB: full while configurations are written, and while a worker writes weights
+def small_disk(request, tmp_path: Path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={request.param}k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("may not mount a small disk here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
 
-    monkeypatch.setattr(write, "write_configurations", full)
-    assert "No space left on device" in refusal(capsys, checkpoint, "-o", target)
-    assert list(target.parent.iterdir()) == []
+
+@pytest.mark.slow
+def test_a_full_disk(capsys, checkpoint: Path, small_disk: Path):
+    line = refusal(capsys, checkpoint, "-o", small_disk / "bundle", "--components", "unet")
+    assert "No space left on device" in line
+    assert "free some space" in line
+    assert list(small_disk.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_kill_in_mid_export_leaves_the_old_bundle_whole_and_the_next_export_clears_up(checkpoint: Path, target: Path):
     command = [str(checkpoint), "-o", str(target), "--components", "vae_decoder", "--overwrite"]
     assert main(command) == 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,8 +36,18 @@ def test_optimum_opens_our_bundle_and_draws_the_same(family, tiny_bundles):
 @pytest.mark.parametrize("family", ["sd3", "sd15"])
 def test_a_folder_of_optimums_runs_here(family, tiny_checkpoints, tmp_path, caplog):
     folder = tmp_path / "optimum"
-    command = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", "onnx", "--model",
-               str(tiny_checkpoints[family]), "--task", "text-to-image", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "optimum.commands.optimum_cli",
+        "export",
+        "onnx",
+        "--model",
+        str(tiny_checkpoints[family]),
+        "--task",
+        "text-to-image",
+        str(folder),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     height, width = SIZES[family]

@@ -141,7 +141,7 @@ def _kind(component: str, facts: Facts) -> type[Any]:
 def _create(kind: type[Any], folder: Path) -> nn.Module:
     if issubclass(kind, PreTrainedModel):
         return kind(kind.config_class.from_pretrained(folder))
-    model: nn.Module = kind.from_config(kind.load_config(folder))  # type: ignore[attr-defined]
+    model: nn.Module = kind.from_config(kind.load_config(folder))
     return model
 
 

@@ -162,8 +162,9 @@ def _card(name: str, work: Path, drawing: Drawing, right: dict[str, float], psnr
     rows = "".join(f"| {attribute} | {share:.1%} |\n" for attribute, share in right.items())
     kind = PIPELINES[name].__name__
     t5 = (
-        f"\nTrained with {drawing.t5_tokens} empty T5 tokens: give diffusers `max_sequence_length={drawing.t5_tokens}`,\n"
-        "and load it with `StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)`."
+        f"""
+Trained with {drawing.t5_tokens} empty T5 tokens: in diffusers use `max_sequence_length={drawing.t5_tokens}`, and load
+it with `StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)`."""
         if drawing.t5_tokens
         else ""
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import signal
 import sys
@@ -11,9 +12,11 @@ import time
 from pathlib import Path
 
 from runtime.bundle import BundleError
+from runtime.memory import peak_rss_bytes
 
-from . import ExportError, checkpoint, plan, worker, write
+from . import ExportError, checkpoint, plan, write
 
+_NEEDS = ("torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "psutil", "safetensors", "onnxruntime")
 _T5_NONE = (
     "no T5 (--t5 none): 9.5 GB less, but long prompts are followed less closely and lettering in pictures is "
     "lost; give --t5 fp16 for the whole model"
@@ -62,12 +65,18 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     given = parser().parse_args(arguments)
+    if missing := [name for name in _NEEDS if importlib.util.find_spec(name) is None]:
+        print(f"export: {', '.join(missing)} not installed; pip install '.[cpu,export]'", file=sys.stderr)
+        return 2
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         with tempfile.TemporaryDirectory(prefix="export-") as scratch:
             report = run(given, Path(scratch))
     except (ExportError, BundleError) as error:
         print(f"export: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"export: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("export: interrupted; nothing was written", file=sys.stderr)
@@ -111,9 +120,9 @@ def run(given: argparse.Namespace, scratch: Path) -> dict[str, object]:
         return dry_run(planned, target)
     write.check_target(target, given.overwrite)
     source.fetch(tuple(planned.precisions))
-    written = write.write(planned, target, given.overwrite, say)
+    written = write.write(planned, target.resolve(), given.overwrite, say)
     seconds = time.perf_counter() - started
-    peak = max(worker.peak_rss(), *(max(one.export_rss_bytes, one.parity_rss_bytes) for one in written.values()))
+    peak = max(peak_rss_bytes() or 0, *(max(one.export_rss_bytes, one.parity_rss_bytes) for one in written.values()))
     say(f"{target}: {planned.width}x{planned.height}, {seconds:.0f} s, peak memory {peak / 1e9:.1f} GB in one process")
     return {
         "bundle": str(target),

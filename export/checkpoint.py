@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import shapes
-from runtime.bundle import Source
+from runtime.bundle import Source, load_json
 
 from . import ExportError, architectures
 
@@ -77,8 +76,7 @@ def read_config(folder: Path, component: str) -> dict[str, Any]:
             f"{file}: missing, so the checkpoint has no {component}; "
             "give a whole diffusers folder, or --components without it"
         )
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return config
+    return load_json(file)
 
 
 def find(model: str, hub: Hub, variant: str | None) -> Checkpoint:

@@ -147,9 +147,18 @@ def _create(kind: type[Any], folder: Path) -> nn.Module:
 
 def _load(kind: type[Any], folder: Path, dtype: torch.dtype, variant: str | None) -> nn.Module:
     keyword = "dtype" if issubclass(kind, PreTrainedModel) else "torch_dtype"
-    loaded: nn.Module = kind.from_pretrained(
-        folder, variant=variant, use_safetensors=True, local_files_only=True, **{keyword: dtype}
+    loaded: nn.Module
+    loaded, told = kind.from_pretrained(
+        folder,
+        variant=variant,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+        **{keyword: dtype},
     )
+    # Both libraries draw absent weights at random and go on.
+    if absent := [name for name in told["missing_keys"] if not name.endswith("position_ids")]:
+        raise ValueError(f"{len(absent)} weights are missing, such as {min(absent)}")
     return loaded
 
 
@@ -158,6 +167,7 @@ def _draw(kind: type[Any], folder: Path, dtype: torch.dtype) -> nn.Module:
 
     Built in `dtype` at once: the peak is one copy of the weights. Drawn from a fixed seed, the same in every process.
     """
+    torch.manual_seed(0)  # biases keep what their layers drew
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

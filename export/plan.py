@@ -5,11 +5,10 @@ Knows torch only to count parameters (`predict`).
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from typing import Any
 
-from runtime.bundle import BACKBONE, Defaults, Facts, describe
+from runtime.bundle import BACKBONE, Defaults, Facts, describe, load_json
 
 from . import ExportError
 from .checkpoint import Checkpoint, read_config
@@ -57,7 +56,7 @@ def make(checkpoint: Checkpoint, options: Options) -> Plan:
     folder = checkpoint.folder
     settings = {}
     if (folder / "shapes.json").is_file():
-        settings = json.loads((folder / "shapes.json").read_text(encoding="utf-8"))
+        settings = load_json(folder / "shapes.json")
     facts = describe(folder, checkpoint.name, checkpoint.source, t5_tokens=settings.get("t5_tokens", 256))
     t5 = options.t5 != "none"
     if t5 and facts.family != "sd3":
@@ -128,8 +127,8 @@ def trial_size(facts: Facts, height: int, width: int) -> tuple[int, int]:
 def predict(plan: Plan) -> dict[str, dict[str, int]]:
     """Bytes that each component will take: on disk, and of memory while it is exported and while parity is tried.
 
-    Measured on Linux with torch 2.13: the programs themselves take 0.8 GB; exporting holds the weights once and a tenth
-    more; parity holds them in fp32, first in torch, then in ONNX Runtime with its copies. Good to about 20 %.
+    An estimate, from what the processes hold at their largest: the programs themselves 0.8 GB; exporting the weights
+    once and a tenth more; parity them in fp32 and a share of the graph's copy. What it took in truth is in the report.
     """
     from .components import count_parameters
 

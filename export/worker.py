@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from runtime.memory import peak_rss_bytes
+
 from . import ExportError
 
 GRAPH, TRIAL = "model.onnx", "trial.onnx"
@@ -55,8 +57,10 @@ def main(path: str) -> int:
     except OSError as error:
         remedy = "; free some space or give another -o" if error.errno == errno.ENOSPC else ""
         found = {"failure": f"{job.component}: {error.strerror or error}: {error.filename or job.folder}{remedy}"}
-    found |= {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_rss()}
-    Path(job.result).write_text(json.dumps(found), encoding="utf-8")
+    found |= {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_rss_bytes()}
+    partial = Path(job.result).with_suffix(".partial")
+    partial.write_text(json.dumps(found), encoding="utf-8")
+    os.replace(partial, job.result)
     return 1 if "failure" in found else 0
 
 
@@ -127,7 +131,8 @@ def parity(job: Job) -> dict[str, Any]:
                     f"{job.component}: {declared.name} is not finite at {n} rows in {job.precision}; "
                     "export with --dtype fp32"
                 )
-            error = max(error, float(np.abs(one - other).max() / np.abs(other).max()))
+            scale = max(float(np.abs(other).max()), 1e-12)
+            error = float(np.maximum(error, np.abs(one - other).max() / scale))  # unlike max, keeps a NaN
     tolerance = small.tolerance[job.precision]
     if not error <= tolerance:
         raise ExportError(
@@ -162,26 +167,10 @@ def _contract(job: Job, facts: Any, height: int, width: int) -> Any:
     return contract(job.component, Path(job.checkpoint), facts, height, width)
 
 
-def peak_rss() -> int:
-    """Largest resident memory of this process so far, in bytes.
-
-    On Linux not from getrusage: a child starts there with its parent's maximum.
-    """
-    if sys.platform == "linux":
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
-
-
 def _end_with_parent() -> None:
     """The parent holds the other end of standard input: when it is gone, however it went, so are we."""
-    sys.stdin.buffer.read()
+    while os.read(0, 4096):  # not sys.stdin, whose lock would be held when the interpreter ends
+        pass
     os._exit(1)
 
 

@@ -2,7 +2,7 @@
 
 Everything is written into `.NAME.PID.partial` beside the bundle and renamed at the end, so that a folder that can be
 read is always whole. What a killed export left behind is cleared by the next one to the same place.
-Knows nothing of torch.
+Knows nothing of torch's graphs.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from runtime.bundle import FILE, Component, Parity, Stored, Tensor, sha256, write_facts
 
@@ -111,6 +109,8 @@ def _aside(target: Path) -> Iterator[Path]:
                 os.replace(target, old)
             os.replace(partial, target)
         finally:
+            if old.exists() and not target.exists():
+                os.replace(old, target)
             shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
@@ -122,6 +122,8 @@ def _aside(target: Path) -> Iterator[Path]:
 
 def _clear_remains(target: Path) -> None:
     """Removes what killed exports left beside `target`; a bundle they had moved away, and not replaced, goes back."""
+    import psutil
+
     for remains in sorted(target.parent.glob(f".{target.name}.*")):
         pid, _, end = remains.name.removeprefix(f".{target.name}.").partition(".")
         if not pid.isdecimal() or end not in ("partial", "old") or psutil.pid_exists(int(pid)):

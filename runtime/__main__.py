@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from .bundle import Bundle
-    from .pipeline import Pipeline, Result
+    from .pipeline import Pipeline, Report, Result
     from .plan import Plan
 
 
@@ -105,6 +105,15 @@ def _generate(options: argparse.Namespace) -> None:
         print(json.dumps({"images": paths} | asdict(result.report)))
     else:
         print("\n".join(paths))
+        print(_told(result.report), file=sys.stderr)
+
+
+def _told(report: Report) -> str:
+    return (
+        f"{report.steps} steps of {report.solver} in {report.seconds['total']:.1f} s on {report.provider['ran']}: "
+        f"{report.sequential_calls} sequential calls, {report.total_evaluations} total evaluations, "
+        f"{report.guided_forwards} guided forwards"
+    )
 
 
 def _draw(pipe: Pipeline, plan: Plan) -> Result:
@@ -140,7 +149,7 @@ def _asked(options: argparse.Namespace) -> dict[str, Any]:
 
 def _read(file: Path) -> str:
     try:
-        return (sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")).rstrip("\n")
+        return (sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8-sig")).rstrip("\n")
     except UnicodeDecodeError:
         _refuse(f"{file}: not UTF-8 text")
 
@@ -151,7 +160,7 @@ def _recorded(file: Path, pipe: Pipeline, asked: dict[str, Any]) -> dict[str, An
     from .record import recorded
 
     prompt, negative, settings = png.read_parameters(file)
-    return {"prompt": prompt, "negative_prompt": negative} | recorded(file, settings, pipe.bundle, asked.keys())
+    return {"prompt": prompt, "negative_prompt": negative} | recorded(file, settings, pipe.bundle, asked)
 
 
 def _parameters(bundle: Bundle, result: Result, seed: int) -> str:

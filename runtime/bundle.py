@@ -12,7 +12,7 @@ import json
 import os
 import types
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -180,8 +180,8 @@ class Bundle:
         if component not in self.facts.components:
             have = ", ".join(self.facts.components) or "none"
             raise BundleError(
-                f"{self.folder}: no {component} in this bundle (it has: {have}); export it with "
-                f"`python -m export {self.facts.source.id} --components {component}`"
+                f"{self.folder}: no {component} in this bundle (it has: {have}); "
+                f"export it again without --components: `python -m export {self.facts.source.id} -o DIR`"
             )
         return self.folder / self.facts.components[component].graph
 
@@ -239,8 +239,15 @@ def describe(
     Raises
     ------
     BundleError
-        If the folder is no checkpoint of the two families, or one of those files is missing.
+        If the folder is no checkpoint of the two families, or one of those files or a key in it is missing.
     """
+    try:
+        return _describe(folder, name, source, defaults, t5_tokens)
+    except KeyError as error:
+        raise BundleError(f"{folder}: a configuration lacks {error}; give a whole diffusers folder") from None
+
+
+def _describe(folder: Path, name: str, source: Source, defaults: Defaults | None, t5_tokens: int) -> Facts:
     family = family_of(folder)
     schedule = _config(folder, "scheduler/scheduler_config.json")
     backbone = _config(folder, f"{BACKBONE[family]}/config.json")
@@ -285,7 +292,7 @@ def family_of(folder: Path) -> Family:
 
 def read_facts(file: Path) -> Facts:
     """Reads and validates a bundle.json; BundleError names the field that is wrong."""
-    content = _load_json(file)
+    content = load_json(file)
     if content.get("format") != FORMAT:
         raise BundleError(
             f"{file}: format {content.get('format')!r}, this program reads {FORMAT}; "
@@ -326,23 +333,26 @@ def _foreign_facts(folder: Path) -> Facts:
     }
     if not components:
         raise BundleError(f"{folder}: a checkpoint, not a bundle; export it with `python -m export {folder} -o DIR`")
-    return Facts(**{entry.name: getattr(facts, entry.name) for entry in fields(Facts)} | {"components": components})
+    return replace(facts, components=components)
 
 
 def _config(folder: Path, *candidates: str) -> dict[str, Any]:
     for candidate in candidates:
         if (folder / candidate).is_file():
-            return _load_json(folder / candidate)
+            return load_json(folder / candidate)
     raise BundleError(f"{folder}: {candidates[0]} is missing; give a whole diffusers folder")
 
 
-def _load_json(file: Path) -> dict[str, Any]:
+def load_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; BundleError if it holds something else."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BundleError(f"{file}: not valid JSON ({error}); the file is damaged") from None
+        raise BundleError(f"{file}: not valid JSON ({error}); the file is damaged, export or copy it again") from None
     if not isinstance(content, dict):
-        raise BundleError(f"{file}: holds {type(content).__name__}, not an object; the file is damaged")
+        raise BundleError(
+            f"{file}: holds {type(content).__name__}, not an object; the file is damaged, export or copy it again"
+        )
     return content
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import secrets
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -26,6 +25,7 @@ import epd
 
 from .bundle import REQUIRED, Bundle
 from .errors import NotFiniteError, RequestError
+from .memory import peak_rss_bytes
 from .noise import randn
 from .plan import Plan, make_plan
 from .session import Session, provider_name
@@ -51,7 +51,7 @@ class Report:
     provider: Mapping[str, Any]  # asked, ran, nodes per provider (None: not known), fallbacks
     directions: Directions
     seconds: Mapping[str, float]  # load, compile, encode, denoise, decode, total, per_call
-    peak_rss_bytes: int | None  # of this process so far; None on Windows
+    peak_rss_bytes: int | None  # of this process so far; None where the system does not tell
     bundle: Mapping[str, str | None]  # name, sha256 of bundle.json
 
 
@@ -202,6 +202,11 @@ class Pipeline:
                     callback_on_step_end(step)
         except NotFiniteError as error:
             raise NotFiniteError(f"{error} (at step {step.index + 2} of {plan.steps})") from None
+        except FloatingPointError:
+            raise NotFiniteError(
+                f"{backbone.component}: NaN or infinity in its guided slope, at guidance scale {plan.guidance:g}; "
+                f"give a smaller one (at step {step.index + 2} of {plan.steps})"
+            ) from None
         x = step.x / plan.end_scale
         clock.lap("denoise")
 
@@ -222,6 +227,8 @@ class Pipeline:
         given = np.asarray(latents, np.float64)
         if given.shape != (len(plan.seeds), *plan.latent_shape):
             raise RequestError(f"latents must be {[len(plan.seeds), *plan.latent_shape]}, got {list(given.shape)}")
+        if not np.isfinite(given).all():
+            raise RequestError("latents must be finite numbers, got NaN or infinity")
         return given
 
     def _decode(self, x: NDArray[np.float64]) -> NDArray[np.float32]:
@@ -269,16 +276,6 @@ def find(model: str | Path) -> Path:
             "and give --model DIR"
         )
     return Path(model)
-
-
-def peak_rss_bytes() -> int | None:
-    """Largest resident memory of this process so far; None where the system does not tell (Windows)."""
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 class _Clock:

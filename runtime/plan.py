@@ -17,11 +17,13 @@ from .errors import RequestError
 from .slopes import variance_preserving
 
 SOLVERS = ("euler", "heun", "dpm2", "epd")
+_BEYOND = 1.01  # times the largest trained sigma: where a table may start at most, SD1.5
 DIRECTIONS = 2  # of a start table, if nothing is said
 _UNSUPPORTED = {  # settings of a scheduler that would change the grid or the step -> value that does not
     "sd3": {"use_dynamic_shifting": False, "use_karras_sigmas": False, "use_exponential_sigmas": False,
             "use_beta_sigmas": False, "invert_sigmas": False, "stochastic_sampling": False, "shift_terminal": None},
-    "sd15": {"clip_sample": False, "thresholding": False, "rescale_betas_zero_snr": False, "trained_betas": None},
+    "sd15": {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False,
+             "clip_sample": False, "thresholding": False, "rescale_betas_zero_snr": False, "trained_betas": None},
 }  # fmt: skip
 
 
@@ -91,6 +93,7 @@ def make_plan(
         raise RequestError(f"the number of images must be 1 or more, got {num_images_per_prompt}")
     if seed < 0:
         raise RequestError(f"a seed must be 0 or more, got {seed}")
+    _check_text(prompt, negative_prompt)
     height, width = _size(bundle, height, width)
     name, chosen, source = _solver(bundle, solver, table, k)
     ours = chosen is None
@@ -125,6 +128,14 @@ def make_plan(
         table=chosen,
         start_table=ours and chosen is not None,
     )
+
+
+def _check_text(*prompts: str) -> None:
+    for prompt in prompts:
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError:
+            raise RequestError(f"a prompt must be Unicode text, got {prompt!a:.60}; type it in UTF-8") from None
 
 
 def _size(bundle: Bundle, height: int | None, width: int | None) -> tuple[int, int]:
@@ -185,10 +196,16 @@ def _check_table(facts: Facts, table: epd.Table, source: str | None, steps: int 
         raise RequestError(
             f"{what} is for the family {table.family}, {facts.name} is {facts.family}; give another table"
         )
-    if facts.family == "sd3" and table.times[0] > 1:
+    flow = facts.family == "sd3"
+    largest = (
+        1.0 if flow else float(variance_preserving(facts).sigma(facts.schedule.get("num_train_timesteps", 1000) - 1))
+    )
+    if table.times[0] > largest * (1 if flow else _BEYOND):
         raise RequestError(
-            f"{what} starts at sigma {table.times[0]:g}, a flow-matching model at most at 1; give another table"
+            f"{what} starts at sigma {table.times[0]:g}, {facts.name} at most at {largest:.4g}; give another table"
         )
+    if flow and table.start == "afs":
+        raise RequestError(f"{what} starts analytically (afs), a flow-matching model cannot; give another table")
     if steps not in (None, table.steps):
         raise RequestError(
             f"{what} has {table.steps} steps, asked for were {steps}; leave --steps out, or give another table"
@@ -207,13 +224,14 @@ def _grid(facts: Facts, steps: int) -> tuple[float, ...]:
     train_steps = schedule.get("num_train_timesteps", 1000)
     if not 1 <= steps <= train_steps:
         raise RequestError(f"the number of steps must be from 1 to {train_steps}, got {steps}")
+    vp = variance_preserving(facts) if facts.family == "sd15" else None
     try:
-        if facts.family == "sd3":
+        if vp is None:
             return tuple(epd.schedule.flow_euler(steps, schedule.get("shift", 1.0), train_steps).tolist())
         return tuple(
             epd.schedule.ddim(
                 steps,
-                variance_preserving(facts),
+                vp,
                 spacing=schedule.get("timestep_spacing", "leading"),
                 steps_offset=schedule.get("steps_offset", 0),
                 set_alpha_to_one=schedule.get("set_alpha_to_one", True),

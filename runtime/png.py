@@ -48,7 +48,7 @@ def parse_parameters(text: str) -> tuple[str, str, dict[str, str]]:
     Raises
     ------
     RequestError
-        If the last line holds no settings.
+        If the last line holds no settings, or damaged ones.
     """
     body, _, last = text.rpartition("\n")
     settings = {key.strip(): _unquoted(value) for key, value in _PAIR.findall(last)}
@@ -57,7 +57,10 @@ def parse_parameters(text: str) -> tuple[str, str, dict[str, str]]:
     before, found, negative = ("\n" + body).partition("\n" + _NEGATIVE)
     prompt, negative = before[1:], negative if found else ""
     if "Prompt" in settings:
-        prompt, negative = json.loads(settings.pop("Prompt")), json.loads(settings.pop("Negative"))
+        try:
+            prompt, negative = (str(json.loads(settings.pop(key))) for key in ("Prompt", "Negative"))
+        except (KeyError, ValueError):
+            raise RequestError("damaged metadata: no prompt in it; give the prompt and the settings by hand") from None
     return prompt, negative, settings
 
 
@@ -73,7 +76,10 @@ def read_parameters(file: Path) -> tuple[str, str, dict[str, str]]:
         raise RequestError(f"{file}: {error.strerror or error}; give a PNG made by this program") from None
     if not isinstance(text, str):
         raise RequestError(f"{file}: no metadata in this picture; give a PNG made by this program")
-    return parse_parameters(text)
+    try:
+        return parse_parameters(text)
+    except RequestError as error:
+        raise RequestError(f"{file}: {error}") from None
 
 
 def save(image: Image.Image, file: Path, parameters: str) -> None:

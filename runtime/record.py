@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,8 +44,8 @@ def settings(bundle: Bundle, plan: Plan, report: Report, seed: int) -> dict[str,
     return line | {"Provider": report.provider["ran"], "Precision": backbone}
 
 
-def recorded(file: Path, line: dict[str, str], bundle: Bundle, asked: Collection[str] = ()) -> dict[str, Any]:
-    """Arguments of `make_plan` from a picture's settings line; the solver's are left out where one of them is `asked`.
+def recorded(file: Path, line: Mapping[str, str], bundle: Bundle, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `make_plan` from a picture's settings line, without those that what is `asked` replaces.
 
     Raises
     ------
@@ -73,9 +73,7 @@ def recorded(file: Path, line: dict[str, str], bundle: Bundle, asked: Collection
             "height": height,
             "width": width,
         }
-        if not {"solver", "table", "k"} & set(asked):
-            arguments |= {"solver": line["Solver"], "num_inference_steps": int(line["Steps"])}
-            arguments |= _recorded_table(file, line, bundle) if line["Solver"] == "epd" else {}
+        arguments |= _recorded_solver(file, line, bundle, asked)
     except (KeyError, ValueError) as error:
         if isinstance(error, RequestError):
             raise
@@ -83,7 +81,17 @@ def recorded(file: Path, line: dict[str, str], bundle: Bundle, asked: Collection
     return arguments
 
 
-def _recorded_table(file: Path, line: dict[str, str], bundle: Bundle) -> dict[str, Any]:
+def _recorded_solver(file: Path, line: Mapping[str, str], bundle: Bundle, asked: Mapping[str, Any]) -> dict[str, Any]:
+    solver = asked.get("solver", line["Solver"])
+    new_table = solver == "epd" != line["Solver"] and "k" not in asked and bundle.facts.tables
+    if "table" in asked or new_table:
+        return {}  # a table has its own steps
+    arguments = {"solver": solver, "num_inference_steps": int(line["Steps"])}
+    own = solver == "epd" == line["Solver"] and "k" not in asked
+    return arguments | (_recorded_table(file, line, bundle) if own else {})
+
+
+def _recorded_table(file: Path, line: Mapping[str, str], bundle: Bundle) -> dict[str, Any]:
     if line["Table hash"] == "start":
         return {"k": int(line["K"])}
     for path in bundle.facts.tables:

@@ -6,6 +6,7 @@ Knows nothing of pipelines or solvers. Imports onnxruntime when the first sessio
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import importlib.metadata
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -50,6 +51,7 @@ class Session:
         `cpu`, another key of `PROVIDERS`, or ONNX Runtime's own name of one; any case. Nothing else runs: a node that
         the provider cannot take is an error, not a silent fallback to the CPU.
     provider_options : mapping of str to str, optional
+        For another provider than the CPU, which ignores them without a word.
     session_options : onnxruntime.SessionOptions, optional
         Not changed unless the provider is another than the CPU, whose fallback is then switched off in them.
 
@@ -71,6 +73,8 @@ class Session:
         self.bundle, self.component = bundle, component
         self.path = bundle.graph(component)
         self.provider = provider_name(provider)
+        if provider_options and self.provider == PROVIDERS["cpu"][0]:
+            raise ProviderError(f"{self.provider} takes no provider options; leave them out, or name another provider")
         self.load_seconds = self.run_seconds = 0.0
         self.calls = 0
         self.nodes: dict[str, int] | None = None  # provider -> nodes of the graph; None: this onnxruntime cannot tell
@@ -96,12 +100,16 @@ class Session:
             return self
         ort = onnxruntime()
         require_provider(ort, self.provider)
+        failures: tuple[type[Exception], ...] = (*_failures(ort), RuntimeError, ValueError)
         started = time.perf_counter()
         try:
             session = ort.InferenceSession(
-                self.path, self._options(ort), providers=[(self.provider, self._provider_options)]
+                self.path,
+                self._options(ort),
+                providers=[(self.provider, self._provider_options)],
+                enable_fallback=0,  # else a provider that cannot start is replaced by the CPU
             )
-        except _failures(ort) as error:
+        except failures as error:
             raise self._unreadable(error) from None
         self.load_seconds += time.perf_counter() - started
         ran = session.get_providers()
@@ -225,7 +233,14 @@ class Session:
             raise RequestError(f"{self.component}: input {tensor.name} must be {tensor.dtype} [{shape}]; got {what}")
         if dtype.kind in "iu" and value.dtype.kind == "f":
             value = np.rint(value)
-        return np.ascontiguousarray(value, dtype).reshape(value.shape)  # ascontiguousarray makes scalars 1-D
+        try:
+            with np.errstate(over="raise"):
+                return np.ascontiguousarray(value, dtype).reshape(value.shape)  # ascontiguousarray makes scalars 1-D
+        except FloatingPointError:
+            raise NotFiniteError(
+                f"{self.component}: input {tensor.name} is beyond what {tensor.dtype} holds; "
+                "give a smaller guidance scale"
+            ) from None
 
 
 def onnxruntime() -> ModuleType:
@@ -238,8 +253,10 @@ def onnxruntime() -> ModuleType:
         )
     try:
         import onnxruntime as ort
-    except ModuleNotFoundError:
-        raise ProviderError("onnxruntime is not installed; pip install onnxruntime (or the extra [cpu])") from None
+    except ImportError as error:  # not there, or there and broken
+        raise ProviderError(
+            f"onnxruntime cannot be imported ({_one_line(error)}); pip install onnxruntime (or the extra [cpu])"
+        ) from None
     return ort  # type: ignore[no-any-return]
 
 
@@ -262,14 +279,15 @@ def require_provider(ort: ModuleType, provider: str) -> None:
         )
 
 
-def _installed() -> set[str]:
+@functools.cache  # milliseconds, and asked at every call
+def _installed() -> frozenset[str]:
     def there(wheel: str) -> bool:
         try:
             return bool(importlib.metadata.version(wheel))
         except importlib.metadata.PackageNotFoundError:
             return False
 
-    return {wheel for _, wheel in PROVIDERS.values() if there(wheel)}
+    return frozenset(wheel for _, wheel in PROVIDERS.values() if there(wheel))
 
 
 def _failures(ort: ModuleType) -> tuple[type[Exception], ...]:

@@ -100,7 +100,8 @@ class Slopes:
         answer: Array = self.backbone(want=[self._answer], **feeds)[self._answer].astype(np.float64)
         self.guided_forwards += len(answer)
         halves: Array = answer.reshape(self._halves, *x.shape)
-        slope: Array = halves[-1] if self._halves == 1 else halves[0] + self.guidance * (halves[1] - halves[0])
+        with np.errstate(over="ignore", invalid="ignore"):  # `epd.solve` looks at every slope
+            slope: Array = halves[-1] if self._halves == 1 else halves[0] + self.guidance * (halves[1] - halves[0])
         return slope
 
 
@@ -121,11 +122,20 @@ def _per_row(shape: tuple[int | str, ...]) -> bool:
 
 
 def variance_preserving(facts: Facts) -> epd.schedule.VP:
-    """The noise schedule of an SD1.5 checkpoint, with diffusers' defaults where its configuration is silent."""
+    """The noise schedule of an SD1.5 checkpoint, with diffusers' defaults where its configuration is silent.
+
+    Raises
+    ------
+    BundleError
+        A beta schedule that is not known.
+    """
     schedule = facts.schedule
-    return epd.schedule.VP(
-        beta_start=schedule.get("beta_start", 0.0001),
-        beta_end=schedule.get("beta_end", 0.02),
-        num_train_timesteps=schedule.get("num_train_timesteps", 1000),
-        beta_schedule=schedule.get("beta_schedule", "linear"),
-    )
+    try:
+        return epd.schedule.VP(
+            beta_start=schedule.get("beta_start", 0.0001),
+            beta_end=schedule.get("beta_end", 0.02),
+            num_train_timesteps=schedule.get("num_train_timesteps", 1000),
+            beta_schedule=schedule.get("beta_schedule", "linear"),
+        )
+    except ValueError as error:
+        raise BundleError(f"{facts.name}: its scheduler is not supported: {error}; give another checkpoint") from None

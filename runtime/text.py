@@ -16,7 +16,7 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
-from .bundle import Bundle
+from .bundle import Bundle, load_json
 from .errors import BundleError
 from .session import Session
 
@@ -125,7 +125,7 @@ def _open(folder: Path) -> tokenizers.Tokenizer:
         return _clip(folder)
     try:
         # `from_file` and `from_str` raise a bare Exception for a damaged file: have json look first.
-        return tokenizers.Tokenizer.from_str(json.dumps(_json(whole)))
+        return tokenizers.Tokenizer.from_str(json.dumps(load_json(whole)))
     except (ValueError, TypeError) as error:
         raise BundleError(f"{whole}: not a tokenizer ({error}); export or copy the bundle again") from None
 
@@ -134,7 +134,7 @@ def _clip(folder: Path) -> tokenizers.Tokenizer:
     """CLIP's tokenizer from vocab.json and merges.txt, as Optimum's folders have them."""
     if not (folder / "vocab.json").is_file() or not (folder / "merges.txt").is_file():
         raise BundleError(f"{folder}: neither tokenizer.json nor vocab.json and merges.txt; export the bundle again")
-    vocabulary = _json(folder / "vocab.json")
+    vocabulary = load_json(folder / "vocab.json")
     lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
     pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
     settings = _settings(folder)
@@ -167,15 +167,5 @@ def _settings(folder: Path) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for file in files:
         if file.is_file():
-            merged |= {key: value for key, value in _json(file).items() if value is not None}
+            merged |= {key: value for key, value in load_json(file).items() if value is not None}
     return merged
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BundleError(f"{file}: not valid JSON ({error}); export or copy the bundle again") from None
-    if not isinstance(content, dict):
-        raise BundleError(f"{file}: not an object; export or copy the bundle again")
-    return content

@@ -12,7 +12,7 @@ import argparse
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,8 @@ from . import models, train
 from .captions import HELD_OUT_PAIRS, Scene, held_out_scenes
 from .check import check
 from .render import render
+from .train import CHECKPOINTS
 
-CHECKPOINTS = Path(__file__).parent / "checkpoints"
 CAPTIONS = 500
 TEST_SEED = 1  # of the reported captions; other seeds are for choosing
 
@@ -139,10 +139,9 @@ def publish(name: str, work: Path, drawing: Drawing) -> dict[str, float]:
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(partial)
     pipeline = PIPELINES[name].from_pretrained(partial, torch_dtype=torch.float32, **ABSENT[name])
-    (partial / "shapes.json").write_text(
-        json.dumps({"steps": drawing.steps, "guidance": drawing.guidance, "t5_tokens": drawing.t5_tokens}) + "\n",
-        encoding="utf-8",
-    )
+    with safe_open(work / f"{name}.safetensors", "pt") as opened:
+        trained = int(opened.metadata()["step"])
+    (partial / "shapes.json").write_text(json.dumps(asdict(drawing) | {"trained": trained}) + "\n", encoding="utf-8")
     scenes = held_out_scenes(CAPTIONS, TEST_SEED)
     right = accuracy(draw(pipeline, scenes, drawing), scenes)
     (partial / "README.md").write_text(

@@ -4,6 +4,9 @@
     python -m shapes.train sd3                   shapes-sd3: flow matching, SD3's objective
     python -m shapes.train sd15                  shapes-sd15: epsilon prediction, SD1.5's objective
 
+    python -m shapes.train sd3 --steps 9000 --published
+                                                 trains the published weights on, where no checkpoint is left
+
 Every run resumes from its last checkpoint (weights, running average and optimiser state, written every two minutes) and
 ends with one; a run that is cut short is a shorter training, never a lost one.
 
@@ -16,6 +19,7 @@ bfloat16 autocast on CPU.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import time
@@ -26,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTokenizer
@@ -42,6 +46,8 @@ EMPTY_CAPTIONS = 0.1  # share of captions dropped for classifier-free guidance
 SHIFT = 3.0  # of the flow-matching grid
 OUTLINES = 4000  # sd3: from this step half of the times are drawn without the shift, where outlines are settled
 
+CHECKPOINTS = Path(__file__).parent / "checkpoints"  # the published folders
+
 Loss = Callable[[int], Tensor]  # step number -> scalar loss
 
 
@@ -56,7 +62,7 @@ class Recipe:
 RECIPES = {
     "vae": Recipe(steps=4000, batch=32, learning_rate=2e-3, average=0.995),
     "sd3": Recipe(steps=6000, batch=64, learning_rate=1e-3, average=0.999),
-    "sd15": Recipe(steps=6000, batch=32, learning_rate=1e-3, average=0.998),
+    "sd15": Recipe(steps=5000, batch=32, learning_rate=1e-3, average=0.998),
 }
 
 
@@ -171,7 +177,8 @@ def _resume(file: Path, model: nn.Module, average: dict[str, Tensor], optimiser:
             if name.startswith("adam."):
                 _, index, key = name.split(".")
                 state.setdefault(int(index), {})[key] = opened.get_tensor(name)
-        optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+        if state:  # none in a checkpoint made of published weights
+            optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
         return int(opened.metadata()["step"])
 
 
@@ -269,6 +276,29 @@ def sd15_loss(modules: nn.ModuleDict, texts: Texts, work: Path, recipe: Recipe) 
     return loss
 
 
+def take_published(name: str, work: Path) -> None:
+    """Turns published weights into training checkpoints, of the autoencoder too: without the optimiser's state."""
+    for one in ("vae", name):
+        if (work / f"{one}.safetensors").exists():
+            continue
+        folder = CHECKPOINTS / ("shapes-sd3" if one == "vae" else f"shapes-{one}")
+        parts = ["vae"] if one == "vae" else [*_modules(one, work)]
+        found: dict[str, Tensor] = {}
+        for part in parts:
+            head = "" if one == "vae" else f"{part}."
+            for file in (folder / part).glob("*.safetensors"):
+                found |= {head + key: value.float() for key, value in load_file(file).items()}
+        step = json.loads((folder / "shapes.json").read_text(encoding="utf-8"))["trained"] if one != "vae" else 0
+        both = {f"{head}.{key}": value for head in ("model", "average") for key, value in found.items()}
+        _save(work / f"{one}.safetensors", both, {"step": str(step), "loss": "nan"})
+
+
+def _modules(name: str, work: Path) -> nn.ModuleDict:
+    models.write_tokenizer(work / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+    return (sd3_modules if name == "sd3" else sd15_modules)(tokenizer)
+
+
 def run(name: str, work: Path, steps: int | None) -> None:
     torch.manual_seed(0)
     work.mkdir(parents=True, exist_ok=True)
@@ -280,8 +310,8 @@ def run(name: str, work: Path, steps: int | None) -> None:
         train(name, autoencoder, vae_loss(autoencoder, work, recipe), recipe, work)
     else:
         texts = Texts(work)
-        make, objective = (sd3_modules, sd3_loss) if name == "sd3" else (sd15_modules, sd15_loss)
-        modules = make(texts.tokenizer).train()
+        objective = sd3_loss if name == "sd3" else sd15_loss
+        modules = _modules(name, work).train()
         train(name, modules, objective(modules, texts, work, recipe), recipe, work)
 
 
@@ -292,9 +322,13 @@ def main() -> None:
     parser.add_argument("what", choices=[*RECIPES])
     parser.add_argument("--work", type=Path, default=Path("build/train"), help="checkpoints and cached data")
     parser.add_argument("--steps", type=int, help="length of the run, if not the recipe's")
+    parser.add_argument("--published", action="store_true", help="start from the published weights")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.published:
+        arguments.work.mkdir(parents=True, exist_ok=True)
+        take_published(arguments.what, arguments.work)
     run(arguments.what, arguments.work, arguments.steps)
 
 

@@ -1,7 +1,10 @@
 """Exports of small random pipelines: what is in the bundle, and what its graphs compute."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnxruntime
@@ -105,3 +108,19 @@ def test_trial_is_never_larger_than_the_picture_and_keeps_the_multiple(tmp_path:
     assert height <= side * multiple
     assert width <= side * multiple
     assert max(height, width) <= 24 * facts.latent.factor
+
+
+def test_random_weights_are_the_same_in_every_process():
+    code = (
+        "import torch; from pathlib import Path; from transformers import CLIPTextConfig, CLIPTextModel; import sys;"
+        "from export.components import _draw; c = CLIPTextConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1,"
+        "num_attention_heads=2, intermediate_size=64); c.save_pretrained(sys.argv[1]);"
+        "print(sum(p.double().abs().sum().item() for p in _draw(CLIPTextModel, Path(sys.argv[1]), torch.float32)"
+        ".parameters()))"
+    )
+    with TemporaryDirectory() as folder:
+        told = [
+            subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=True).stdout
+            for _ in range(2)
+        ]
+    assert told[0] == told[1] != ""

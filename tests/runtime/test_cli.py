@@ -1,7 +1,9 @@
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -71,7 +73,7 @@ def test_from_metadata_knows_table_model_and_bundle(bundles, tmp_path, capsys):
 
 
 def test_prompt_file(bundles, tmp_path):
-    (tmp_path / "prompt.txt").write_text("red\n", encoding="utf-8")
+    (tmp_path / "prompt.txt").write_text("red\n", encoding="utf-8-sig")
     model = ["--model", str(bundles["sd15"]), "-s", "1"]
     assert main(["generate", "--prompt-file", str(tmp_path / "prompt.txt"), *model, "-o", str(tmp_path / "a.png")]) == 0
     assert main(["generate", "red", *model, "-o", str(tmp_path / "b.png")]) == 0
@@ -163,3 +165,37 @@ def test_help_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip().splitlines()[-1] == "[]"
+
+
+def test_from_metadata_keeps_what_is_not_asked_for(bundles, tmp_path, capsys):
+    def printed(*arguments):
+        assert main(["generate", *arguments, "--model", str(bundles["sd3"]), "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        return report["solver"], report["steps"], report["total_evaluations"]
+
+    file, other = str(tmp_path / "a.png"), str(tmp_path / "b.png")
+    assert printed("red", "--solver", "epd", "-k", "2", "--steps", "5", "-o", file) == ("epd", 5, 15)
+    assert printed("--from-metadata", file, "-o", other, "--solver", "euler") == ("euler", 5, 5)
+    assert printed("--from-metadata", file, "-o", other, "-k", "3") == ("epd", 5, 20)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for one process")
+def test_a_real_ctrl_c(tmp_path):
+    folder = tiny_bundle.bundle(tmp_path / "b", "sd3", random_weights=True)  # which is told once it has started
+    tiny_bundle.change(folder, schedule=tiny_bundle.SD3_SCHEDULE | {"num_train_timesteps": 300_000})
+    out = tmp_path / "a.png"
+    command = [sys.executable, "-m", "runtime", "generate", "red", "--model", folder, "--steps", "300000", "-o", out]
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # a child of a shell's background job ignores it
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, heard)
+    try:
+        assert "RANDOM WEIGHTS" in process.stderr.readline()
+        time.sleep(2)
+        process.send_signal(signal.SIGINT)
+        printed, told = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, printed, told) == (130, "", "stopped\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]

@@ -276,3 +276,40 @@ def test_a_missing_component_is_told_before_any_work(tmp_path):
 
 def test_an_empty_prompt_is_drawn(pipe):
     assert pipe("", seed=1).images[0].size == (16, 16)
+
+
+def test_guidance_that_overflows_names_the_step(pipe, monkeypatch):
+    with pytest.raises(NotFiniteError, match=r"beyond what float32 holds.*\(at step 2 of 3\)"):
+        pipe("red", seed=1, guidance_scale=1e300)
+    monkeypatch.setattr(Slopes, "__call__", lambda self, points: points.x * np.nan)
+    with pytest.raises(NotFiniteError, match=r"guided slope, at guidance scale 4.*\(at step 1 of 3\)"):
+        pipe("red", seed=1)
+
+
+def test_latents_and_prompts_that_cannot_be(pipe):
+    with pytest.raises(RequestError, match="latents must be finite"):
+        pipe("red", latents=np.full((1, tiny_bundle.CHANNELS, 4, 4), np.nan))
+    with pytest.raises(RequestError, match="must be Unicode text"):
+        pipe.plan("caf\udce9")
+
+
+@pytest.mark.parametrize(
+    ("setting", "error", "words"),
+    [
+        ({"beta_schedule": "squaredcos_cap_v2"}, BundleError, "beta_schedule must be"),
+        ({"use_karras_sigmas": True}, RequestError, "use_karras_sigmas = True"),
+    ],
+)
+def test_sd15_schedulers_that_are_not_supported(tmp_path, setting, error, words):
+    folder = tiny_bundle.bundle(tmp_path / "b", "sd15")
+    tiny_bundle.change(folder, schedule=tiny_bundle.SD15_SCHEDULE | setting)
+    with pytest.raises(error, match=words):
+        Pipeline.from_pretrained(folder).plan("red")
+
+
+def test_tables_beyond_what_the_family_knows(bundles):
+    with pytest.raises(RequestError, match=r"starts at sigma 80, tiny-sd15 at most at 14\.6"):
+        Pipeline.from_pretrained(bundles["sd15"]).plan("red", table=epd.start_table(epd.schedule.polynomial(3), 2))
+    analytic = epd.Table(times=[1.0, 0.5, 0.1], r=[[0.5], [0.5]], w=[[1.0], [1.0]], start="afs")
+    with pytest.raises(RequestError, match=r"starts analytically \(afs\)"):
+        Pipeline.from_pretrained(bundles["sd3"]).plan("red", table=analytic)

@@ -69,3 +69,10 @@ def test_unwritable_outputs(tmp_path, name, words):
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(RequestError, match=words):
         png.check_writable(tmp_path / name)
+
+
+@pytest.mark.parametrize("last", ["Steps: 1, Prompt: foo", 'Steps: 1, Prompt: "\\"foo\\""'])
+def test_damaged_metadata_names_the_file(tmp_path, last):
+    png.save(Image.new("RGB", (8, 8)), tmp_path / "a.png", "x\n" + last)
+    with pytest.raises(RequestError, match=r"a\.png: damaged metadata"):
+        png.read_parameters(tmp_path / "a.png")

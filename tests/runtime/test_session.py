@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 import tiny_bundle
@@ -149,3 +151,18 @@ def test_ctrl_c_stops_the_call_and_is_passed_on():
         with pytest.raises(KeyboardInterrupt):
             sessions._interruptible(lambda: stopped.wait(30), stopped.set)
     assert time.perf_counter() - started < 10
+
+
+def test_the_wheels_are_looked_up_once():
+    assert sessions._installed() is sessions._installed()
+
+
+def test_a_broken_onnxruntime_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # what Python does for an import that is barred
+    with pytest.raises(ProviderError, match=r"onnxruntime cannot be imported .*pip install onnxruntime"):
+        sessions.onnxruntime()
+
+
+def test_the_cpu_takes_no_options(bundles):
+    with pytest.raises(ProviderError, match="CPUExecutionProvider takes no provider options"):
+        Session(Bundle.open(bundles["sd15"]), "unet", provider_options={"device_id": "1"})

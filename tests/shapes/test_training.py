@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -32,6 +34,19 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(name, work,
     assert all(torch.allclose(whole[key], resumed[key], atol=1e-6) for key in whole)
 
 
+def test_published_weights_are_trained_on(work):
+    published = PIPELINES["sd15"].from_pretrained(CHECKPOINTS / "shapes-sd15")
+    train.take_published("sd15", work)
+    first = _weights(work / "sd15.safetensors")
+    weight = published.unet.conv_in.weight.detach().float()
+    assert torch.equal(first["average.unet.conv_in.weight"], weight)
+    with safe_open(work / "sd15.safetensors", "pt") as opened:
+        step = int(opened.metadata()["step"])
+    train.run("sd15", work, step + 1)
+    with safe_open(work / "sd15.safetensors", "pt") as opened:
+        assert int(opened.metadata()["step"]) == step + 1
+
+
 def test_the_longest_caption_fits_the_text_encoders(tmp_path):
     from transformers import CLIPTokenizer
 
@@ -49,6 +64,7 @@ def test_a_published_checkpoint_opens_in_plain_diffusers(family):
     assert next(iter(pipeline.vae.parameters())).isfinite().all()
     card = (CHECKPOINTS / f"shapes-{family}" / "README.md").read_text(encoding="utf-8")
     assert f"{DRAWING[family].steps} steps" in card
+    assert float(re.search(r"at ([0-9.]+) dB PSNR", card)[1]) >= 30
 
 
 def test_both_checkpoints_stay_small():

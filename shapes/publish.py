@@ -138,7 +138,7 @@ def publish(name: str, work: Path, drawing: Drawing) -> dict[str, float]:
     pipeline = assemble(name, work)
     pipeline.to(dtype=torch.float16)
     pipeline.save_pretrained(partial)
-    pipeline = PIPELINES[name].from_pretrained(partial, torch_dtype=torch.float32, **ABSENT[name])
+    pipeline = PIPELINES[name].from_pretrained(partial, **ABSENT[name]).to(torch.float32)
     with safe_open(work / f"{name}.safetensors", "pt") as opened:
         trained = int(opened.metadata()["step"])
     (partial / "shapes.json").write_text(json.dumps(asdict(drawing) | {"trained": trained}) + "\n", encoding="utf-8")

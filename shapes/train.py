@@ -289,7 +289,7 @@ def take_published(name: str, work: Path) -> None:
             for file in (folder / part).glob("*.safetensors"):
                 found |= {head + key: value.float() for key, value in load_file(file).items()}
         step = json.loads((folder / "shapes.json").read_text(encoding="utf-8"))["trained"] if one != "vae" else 0
-        both = {f"{head}.{key}": value for head in ("model", "average") for key, value in found.items()}
+        both = {f"{head}.{key}": value.clone() for head in ("model", "average") for key, value in found.items()}
         _save(work / f"{one}.safetensors", both, {"step": str(step), "loss": "nan"})
 
 

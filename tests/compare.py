@@ -22,7 +22,7 @@ def psnr(one: NDArray[Any], other: NDArray[Any]) -> float:
 
 def diffusers_pipeline(folder: Path, family: str) -> DiffusionPipeline:
     """The checkpoint in diffusers, fp32, quiet."""
-    pipeline = PIPELINES[family].from_pretrained(folder, torch_dtype=torch.float32, **ABSENT[family])
+    pipeline = PIPELINES[family].from_pretrained(folder, **ABSENT[family]).to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

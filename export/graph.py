@@ -6,6 +6,7 @@ Knows nothing of Stable Diffusion.
 from __future__ import annotations
 
 import functools
+import hashlib
 import operator
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,13 +65,31 @@ def save(model: ir.Model, path: Path) -> None:
 
 
 def save_sharing(model: ir.Model, path: Path, other: Path) -> None:
-    """Writes a graph that takes from the data file of `other`, in the same folder, every weight both hold alike."""
-    stored = ir.load(other).graph.initializers
-    for name, value in model.graph.initializers.items():
-        have, own = stored[name].const_value if name in stored else None, value.const_value
-        if isinstance(have, ir.ExternalTensor) and own is not None and np.array_equal(have.numpy(), own.numpy()):
-            value.const_value = have
+    """Writes a graph that takes from the data file of `other`, in the same folder, every weight both hold alike.
+
+    Alike in content: two traces of one module may number the weights they transpose differently.
+    """
+    initializers = ir.load(other).graph.initializers.values()
+    stored = {
+        _content(v.const_value): v.const_value for v in initializers if isinstance(v.const_value, ir.ExternalTensor)
+    }
+    for value in model.graph.initializers.values():
+        if have := stored.get(_content(value.const_value)):
+            value.const_value = ir.ExternalTensor(
+                have.location,
+                have.offset,
+                have.length,
+                have.dtype,
+                shape=have.shape,
+                name=value.name,
+                base_dir=have.base_dir,
+            )
     ir.save(model, path)
+
+
+def _content(tensor: ir.TensorProtocol) -> tuple[str, tuple[int, ...], bytes]:
+    array = np.ascontiguousarray(tensor.numpy())
+    return str(array.dtype), array.shape, hashlib.sha256(array.data).digest()
 
 
 def declared(model: ir.Model) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

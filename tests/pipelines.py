@@ -14,6 +14,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -21,8 +22,10 @@ from transformers import (
     CLIPTokenizer,
     T5Config,
     T5EncoderModel,
+    T5TokenizerFast,
 )
 
+from shapes.captions import scenes
 from shapes.models import write_tokenizer
 
 SD15_SIZE = (72, 104)  # height, width in pixels
@@ -76,6 +79,7 @@ def tiny_sd3(folder: Path, t5: bool = False) -> Path:
     """Writes a small StableDiffusion3Pipeline, factor 4, with VAE attention; `t5`: with a third text encoder."""
     torch.manual_seed(3)
     tokenizer = _tokenizer(folder)
+    pieces = _t5_tokenizer() if t5 else None
     pipeline = StableDiffusion3Pipeline(
         vae=AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 3,
@@ -92,10 +96,10 @@ def tiny_sd3(folder: Path, t5: bool = False) -> Path:
         ),
         text_encoder=CLIPTextModelWithProjection(_clip(tokenizer, hidden=24, heads=3, act="quick_gelu")),
         text_encoder_2=CLIPTextModelWithProjection(_clip(tokenizer, hidden=40, heads=5, act="gelu")),
-        text_encoder_3=T5EncoderModel(_t5(len(tokenizer))) if t5 else None,
+        text_encoder_3=T5EncoderModel(_t5(len(pieces))) if pieces else None,
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
-        tokenizer_3=tokenizer if t5 else None,
+        tokenizer_3=pieces,
         transformer=SD3Transformer2DModel(
             sample_size=SD3_SIZE[0] // 4,
             patch_size=2,
@@ -117,6 +121,21 @@ def tiny_sd3(folder: Path, t5: bool = False) -> Path:
 def _tokenizer(folder: Path) -> CLIPTokenizer:
     write_tokenizer(folder / "tokenizer")
     return CLIPTokenizer.from_pretrained(folder / "tokenizer")
+
+
+def _t5_tokenizer() -> T5TokenizerFast:
+    """A unigram tokenizer as T5's: pieces that begin with their space, an end token, no start token."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    tokenizer.decoder = decoders.Metaspace()
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    trainer = trainers.UnigramTrainer(
+        vocab_size=200, special_tokens=[*special.values()], unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator((scene.caption for scene in scenes()), trainer)
+    end = ("</s>", tokenizer.token_to_id("</s>"))
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[end])
+    return T5TokenizerFast(tokenizer_object=tokenizer, extra_ids=0, model_max_length=512, **special)
 
 
 def _clip(tokenizer: CLIPTokenizer, hidden: int, heads: int, act: str) -> CLIPTextConfig:

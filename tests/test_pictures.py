@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from diffusers import StableDiffusion3Pipeline
 
 import epd
 from export.__main__ import main as export
@@ -40,6 +41,29 @@ def test_small_random_pipelines_draw_what_diffusers_draws(family, guidance, tiny
     assert ours.shape == theirs.shape == (16, *SIZES[family], 3)
     assert theirs.std() > 0.02, "a flat picture proves nothing"
     assert psnr(ours, theirs) >= 60
+
+
+@pytest.mark.slow
+def test_a_third_text_encoder_tells_what_it_tells_in_diffusers(tmp_path):
+    """T5's weights are stored at fp16 and computed with in fp32; without T5 the picture is another one."""
+    from tests.pipelines import tiny_sd3
+
+    checkpoint = tiny_sd3(tmp_path / "checkpoint", t5=True)
+    height, width = SIZES["sd3"]
+    size = ["--height", str(height), "--width", str(width)]
+    assert export([str(checkpoint), "-o", str(tmp_path / "with"), "--t5", "fp16", *size]) == 0
+    assert export([str(checkpoint), "-o", str(tmp_path / "without"), *size]) == 0
+    assert Bundle.open(tmp_path / "with").facts.components["text_encoder_3"].precision == "fp16-weights"
+    reference = StableDiffusion3Pipeline.from_pretrained(checkpoint)
+    reference.set_progress_bar_config(disable=True)
+    common = {"num_inference_steps": 5, "guidance_scale": 4.5}
+    theirs = by_diffusers(reference, PROMPTS, 100, **common, height=height, width=width)
+    ours, without = (
+        by_runtime(Pipeline.from_pretrained(tmp_path / name), PROMPTS, 100, solver="euler", **common)
+        for name in ("with", "without")
+    )
+    assert psnr(ours, theirs) >= 60
+    assert psnr(without, theirs) < 40
 
 
 @pytest.mark.slow

@@ -205,3 +205,40 @@ def _repeat(step: OneStep, times: Any) -> Solver:
             yield State(x, t_next)
 
     return solver
+
+
+# Stand-in until the package of all solvers is merged.
+from collections.abc import Mapping  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Method:
+    name: str
+    build: Callable[..., Solver]
+    order: int
+    calls: int
+    families: tuple[str, ...]
+    noisy: bool
+    source: str
+
+
+_ALL = ("edm", "sd15", "sd3")
+
+
+def _ancestral(times: Any, flow: bool = False, *, noise: Any) -> Solver:
+    def step(x: Array, t: float, t_next: float) -> Coroutine:
+        d = yield from _slope(x, t)
+        up = (t_next**2 * (t**2 - t_next**2) / t**2) ** 0.5
+        down = (t_next**2 - up**2) ** 0.5
+        return x + (down - t) * d + up * noise(x)
+
+    return _repeat(step, times)
+
+
+METHODS: Mapping[str, Method] = {
+    "euler": Method("euler", lambda times, flow=False: euler(times), 1, 1, _ALL, False, "Song et al."),
+    "heun": Method("heun", lambda times, flow=False: heun(times), 2, 2, _ALL, False, "Karras et al."),
+    "dpm2": Method("dpm2", lambda times, flow=False: dpm2(times), 2, 2, _ALL, False, "Lu et al."),
+    "euler_ancestral": Method("euler_ancestral", _ancestral, 1, 1, _ALL, True, "k-diffusion"),
+}

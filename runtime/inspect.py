@@ -69,7 +69,7 @@ def _component(name: str, component: Component) -> str:
 def solvers() -> list[dict[str, Any]]:
     """What `--solver` takes: name, order, sequential calls a step, families, noisy, source; None where it depends.
 
-    Order is the one a solver shows with the start it really uses.
+    Order is the one a solver shows with the start it really uses; 0: it follows no differential equation.
     """
     rows: list[dict[str, Any]] = [
         {
@@ -91,7 +91,7 @@ def describe_solvers() -> str:
     """`solvers` as a table: one line each, under a heading."""
     lines = [("solver", "order", "calls/step", "families", "source")]
     for row in solvers():
-        order, calls = ("varies" if row[key] is None else str(row[key]) for key in ("order", "calls"))
+        order, calls = ({None: "varies", 0: "none"}.get(row[key], str(row[key])) for key in ("order", "calls"))
         noisy = " (draws noise)" if row["noisy"] else ""
         lines.append((row["name"], order, calls, ", ".join(row["families"]), row["source"] + noisy))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

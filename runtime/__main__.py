@@ -1,4 +1,4 @@
-"""python -m runtime generate|inspect"""
+"""python -m runtime generate|solvers|inspect"""
 
 from __future__ import annotations
 
@@ -56,20 +56,34 @@ def _parser() -> argparse.ArgumentParser:
     draw.add_argument("--steps", type=int, metavar="N", help="intervals of the time grid")
     draw.add_argument("--guidance-scale", type=float, metavar="G", help="1 or less: no guidance, half the work")
     draw.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("LO", "HI"),
+        help="guidance where LO <= sigma <= HI only (sd3: sigma from 1 to 0); outside, half the work",
+    )
+    draw.add_argument(
         "-s", "--seed", type=int, metavar="S", help="of the first image; image i has S + i (default: random)"
     )
     draw.add_argument("-W", "--width", type=int, metavar="PIXELS")
     draw.add_argument("-H", "--height", type=int, metavar="PIXELS")
     draw.add_argument("--num-images", type=int, metavar="B", help="images of the prompt (default 1)")
     draw.add_argument(
-        "--solver", metavar="NAME", help="euler, heun, dpm2 or epd (default: the bundle's table, else euler)"
+        "--solver",
+        metavar="NAME",
+        help="one of `python -m runtime solvers` (default: epd with the bundle's first table, else the bundle's own)",
     )
-    draw.add_argument("--table", metavar="FILE", type=Path, help="solver table for epd")
+    draw.add_argument("--table", metavar="FILE|NAME", help="solver table for epd: a file, or one that was fetched")
+    draw.add_argument("--calls", type=int, metavar="M", help="the bundle's best table of at most M sequential calls")
     draw.add_argument("-k", type=int, metavar="K", help="directions of epd without a table (default 2)")
     draw.add_argument("--provider", default="cpu", metavar="NAME", help="ONNX Runtime execution provider (default cpu)")
     draw.add_argument("--provider-option", action="append", default=[], metavar="KEY=VALUE", help="may be repeated")
     draw.add_argument("-o", "--output", type=Path, metavar="PNG", help="file, or folder (default: MODEL-SEED.png here)")
     draw.add_argument("--json", action="store_true", help="print one object on stdout")
+
+    known = commands.add_parser("solvers", help="list what --solver takes")
+    known.set_defaults(run=_solvers)
+    known.add_argument("--json", action="store_true", help="print a list of objects on stdout")
 
     look = commands.add_parser("inspect", help="show what a bundle holds")
     look.set_defaults(run=_inspect)
@@ -139,6 +153,8 @@ def _asked(options: argparse.Namespace) -> dict[str, Any]:
         "solver": options.solver,
         "table": options.table,
         "k": options.k,
+        "calls": options.calls,
+        "guidance_interval": options.guidance_interval,
     }
     if options.seed is None and options.from_metadata is None:
         import secrets
@@ -195,6 +211,12 @@ def _refuse(message: str) -> NoReturn:
     from .errors import RequestError
 
     raise RequestError(message)
+
+
+def _solvers(options: argparse.Namespace) -> None:
+    from .inspect import describe_solvers, solvers
+
+    print(json.dumps({"solvers": solvers()}) if options.json else describe_solvers())
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -1,10 +1,14 @@
-"""What a bundle holds, for a reader; and whether all of it is whole."""
+"""What a bundle holds, for a reader; whether all of it is whole; and the solvers that can draw with it."""
 
 from __future__ import annotations
 
-from .bundle import Bundle, Component
-from .plan import load_table
+from typing import Any, get_args
+
+from epd.solvers import METHODS
+
+from .bundle import Bundle, Component, Family
 from .session import Session
+from .tables import load_table
 
 
 def verify(bundle: Bundle) -> None:
@@ -60,3 +64,37 @@ def _component(name: str, component: Component) -> str:
         else "parity not checked",
     ]
     return ", ".join(parts)
+
+
+def solvers() -> list[dict[str, Any]]:
+    """What `--solver` takes: name, order, sequential calls a step, families, noisy, source; None where it depends.
+
+    Order is the one a solver shows with the start it really uses; 0: it follows no differential equation.
+    """
+    rows: list[dict[str, Any]] = [
+        {
+            "name": method.name,
+            "order": method.order,
+            "calls": method.calls or None,
+            "families": [family for family in method.families if family in get_args(Family)],
+            "noisy": method.noisy,
+            "source": method.source,
+        }
+        for method in METHODS.values()
+    ]
+    source = "Zhu et al. 2025, arXiv 2507.14797: a learned table (--table, --calls) or an untrained one (-k)"
+    learned = {"name": "epd", "order": None, "calls": None, "families": sorted(get_args(Family)), "noisy": False}
+    return [*rows, learned | {"source": source}]
+
+
+def describe_solvers() -> str:
+    """`solvers` as a table: one line each, under a heading."""
+    lines = [("solver", "order", "calls/step", "families", "source")]
+    for row in solvers():
+        order, calls = ({None: "varies", 0: "none"}.get(row[key], str(row[key])) for key in ("order", "calls"))
+        noisy = " (draws noise)" if row["noisy"] else ""
+        lines.append((row["name"], order, calls, ", ".join(row["families"]), row["source"] + noisy))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )

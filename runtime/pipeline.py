@@ -26,7 +26,7 @@ import epd
 from .bundle import REQUIRED, Bundle
 from .errors import NotFiniteError, RequestError
 from .memory import peak_rss_bytes
-from .noise import randn
+from .noise import Stream
 from .plan import Plan, make_plan
 from .session import Session, provider_name
 from .slopes import Directions, Slopes, directions_of
@@ -48,6 +48,7 @@ class Report:
     sequential_calls: int  # requests answered, one after the other
     total_evaluations: int  # points answered, per image
     guided_forwards: int  # rows the backbone really evaluated, all images
+    guidance_interval: tuple[float, float] | None  # sigma; None: guided everywhere, or nowhere
     provider: Mapping[str, Any]  # asked, ran, nodes per provider (None: not known), fallbacks
     directions: Directions
     seconds: Mapping[str, float]  # load, compile, encode, denoise, decode, total, per_call
@@ -120,6 +121,8 @@ class Pipeline:
         solver: str | None = None,
         table: epd.Table | str | Path | None = None,
         k: int | None = None,
+        calls: int | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         output_type: Literal["pil", "np", "latent"] = "pil",
         callback_on_step_end: Callable[[epd.Step], None] | None = None,
     ) -> Result:
@@ -138,11 +141,21 @@ class Pipeline:
         seed : int, optional
             Of the first image, as `torch.Generator("cpu").manual_seed`; None: a random one, told in the report.
         latents : (B, C, h, w), optional
-            Start noise of unit variance in place of the seeds'.
-        solver : "euler" | "heun" | "dpm2" | "epd", optional
-            None: epd with the bundle's first table if it has one, else the bundle's default.
-        table : epd.Table or path, optional
-            Implies epd. Without any, epd takes `epd.start_table` of `k` directions (default 2) on the family's grid.
+            Start noise of unit variance in place of the seeds'. A noisy solver then has all of its noise from the
+            seeds, as in diffusers with `latents` and a generator: give other latents than the seeds' own.
+        solver : str, optional
+            "epd", or a name of `epd.solvers.METHODS`; `python -m runtime solvers` lists them. None: epd with the
+            bundle's first table if it has one, else the bundle's default. Those that are noisy (euler_ancestral, lcm)
+            have one stream of noise per image: image i's generator of seed + i gives its start latents, then the noise
+            of every step that needs some, as diffusers draws it with a list of generators.
+        table : epd.Table, path or name, optional
+            A file, or the name of a fetched or shipped table (`epd.catalogue`). Implies epd. Without any, epd takes
+            `epd.start_table` of `k` directions (default 2) on the family's grid. A table that was made for something
+            else (model, grid, guidance, size, T5) is used, and a warning says what differs.
+        calls : int, optional
+            The bundle's best table of at most so many sequential calls: the highest PSNR on held-out prompts.
+        guidance_interval : (lo, hi), optional
+            Sigma (SD3: in [0, 1]): guidance inside, ends included; outside, one row per point instead of two.
         output_type : "pil" | "np" | "latent"
         callback_on_step_end : callable, optional
             Called with every finished `epd.Step`; raise in it to stop.
@@ -168,6 +181,8 @@ class Pipeline:
             solver=solver,
             table=table,
             k=k,
+            calls=calls,
+            guidance_interval=guidance_interval,
         )
         return self.draw(plan, latents, output_type, callback_on_step_end)
 
@@ -187,17 +202,22 @@ class Pipeline:
         clock.lap("encode")
 
         directions = directions_of(backbone.load())
-        if directions == "calls" and plan.directions > 1:
+        if directions == "calls" and plan.wide:
             log.warning(
-                "%s takes one timestep for all rows: %d directions run as calls in turn, not as one batch",
+                "%s takes one timestep for all rows: the points of a request run as calls in turn, not as one batch",
                 backbone.path,
-                plan.directions,
             )
-        slopes = Slopes(backbone, self.bundle.facts, told, plan.guidance, directions)
-        x = plan.start_scale * self._noise(plan, latents)  # (B, C, h, w)
+        slopes = Slopes(backbone, self.bundle.facts, told, plan.guidance, directions, plan.guidance_interval)
+        streams = [Stream(seed) for seed in plan.seeds]  # one per image: its start, then its solver's noise
+
+        def noise(x: NDArray[np.float64]) -> NDArray[np.float64]:
+            return np.stack([stream.randn(x.shape[1:]) for stream in streams]).astype(np.float64)
+
+        start = noise(np.empty((len(streams), *plan.latent_shape))) if latents is None else _given(plan, latents)
+        x = plan.start_scale * start  # (B, C, h, w)
         step = epd.Step(-1, plan.times[0], x, 0, 0)
         try:
-            for step in epd.solve(plan.coroutine, x, slopes):
+            for step in epd.solve(plan.coroutine(noise), x, slopes):
                 if callback_on_step_end is not None:
                     callback_on_step_end(step)
         except NotFiniteError as error:
@@ -220,16 +240,6 @@ class Pipeline:
         """Releases all sessions; they are loaded again when needed."""
         for session in self._sessions.values():
             session.unload()
-
-    def _noise(self, plan: Plan, latents: ArrayLike | None) -> NDArray[np.float64]:
-        if latents is None:
-            return np.stack([randn(plan.latent_shape, seed) for seed in plan.seeds]).astype(np.float64)
-        given = np.asarray(latents, np.float64)
-        if given.shape != (len(plan.seeds), *plan.latent_shape):
-            raise RequestError(f"latents must be {[len(plan.seeds), *plan.latent_shape]}, got {list(given.shape)}")
-        if not np.isfinite(given).all():
-            raise RequestError("latents must be finite numbers, got NaN or infinity")
-        return given
 
     def _decode(self, x: NDArray[np.float64]) -> NDArray[np.float32]:
         """Latents (B, C, h, w) to pictures (B, H, W, 3) in [0, 1]; one at a time, for memory."""
@@ -257,6 +267,7 @@ class Pipeline:
             sequential_calls=last.calls,
             total_evaluations=last.evaluations,
             guided_forwards=slopes.guided_forwards,
+            guidance_interval=plan.guidance_interval,
             provider={"asked": self.provider, "ran": backbone.provider, "nodes": dict(nodes) or None, "fallbacks": 0},
             directions=slopes.directions,
             seconds=clock.seconds(last.calls),
@@ -276,6 +287,16 @@ def find(model: str | Path) -> Path:
             "and give --model DIR"
         )
     return Path(model)
+
+
+def _given(plan: Plan, latents: ArrayLike) -> NDArray[np.float64]:
+    """The start noise that was given in place of the seeds'."""
+    given = np.asarray(latents, np.float64)
+    if given.shape != (len(plan.seeds), *plan.latent_shape):
+        raise RequestError(f"latents must be {[len(plan.seeds), *plan.latent_shape]}, got {list(given.shape)}")
+    if not np.isfinite(given).all():
+        raise RequestError("latents must be finite numbers, got NaN or infinity")
+    return given
 
 
 class _Clock:

@@ -5,26 +5,25 @@ Knows nothing of sessions or pictures.
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import epd
-from epd.solve import Solver
+from epd.solve import Array, Solver
+from epd.solvers import METHODS
 
 from .bundle import Bundle, Facts
 from .errors import RequestError
-from .slopes import variance_preserving
+from .grid import own_grid
+from .tables import best_table, check_table, differences, find_table, load_table
 
-SOLVERS = ("euler", "heun", "dpm2", "epd")
-_BEYOND = 1.01  # times the largest trained sigma: where a table may start at most, SD1.5
+Noise = Callable[[Array], Array]
+
 DIRECTIONS = 2  # of a start table, if nothing is said
-_UNSUPPORTED = {  # settings of a scheduler that would change the grid or the step -> value that does not
-    "sd3": {"use_dynamic_shifting": False, "use_karras_sigmas": False, "use_exponential_sigmas": False,
-            "use_beta_sigmas": False, "invert_sigmas": False, "stochastic_sampling": False, "shift_terminal": None},
-    "sd15": {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False,
-             "clip_sample": False, "thresholding": False, "rescale_betas_zero_snr": False, "trained_betas": None},
-}  # fmt: skip
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,8 @@ class Plan:
     latent_shape: tuple[int, int, int]  # C, h, w
     start_scale: float  # state at times[0] = start_scale * noise of unit variance
     end_scale: float  # latent = state at times[-1] / end_scale
+    flow: bool  # the state is (1 - t) x0 + t n; else x0 + t n
+    guidance_interval: tuple[float, float] | None = None  # sigma; None: guided everywhere
     table: epd.Table | None = None  # epd only
     start_table: bool = False  # the table is `epd.start_table` on the family's grid
 
@@ -60,10 +61,17 @@ class Plan:
         return self.table.directions if self.table is not None else 1
 
     @property
-    def coroutine(self) -> Solver:
+    def wide(self) -> bool:
+        """Whether some of its requests are for several points at once."""
+        return self.directions > 1 or (self.table is None and METHODS[self.solver].calls == 0)
+
+    def coroutine(self, noise: Noise) -> Solver:
+        """The solver; `noise` gives those that draw any normal numbers in the shape of a state."""
         if self.table is not None:
             return epd.solvers.epd(self.table)
-        return {"euler": epd.solvers.euler, "heun": epd.solvers.heun, "dpm2": epd.solvers.dpm2}[self.solver](self.times)
+        method = METHODS[self.solver]
+        options = {"noise": noise} if method.noisy else {}
+        return method.build(self.times, self.flow, **options)
 
 
 def make_plan(
@@ -80,6 +88,8 @@ def make_plan(
     solver: str | None = None,
     table: epd.Table | str | Path | None = None,
     k: int | None = None,
+    calls: int | None = None,
+    guidance_interval: Sequence[float] | None = None,
 ) -> Plan:
     """Checks what is asked for against the bundle and fills in its defaults; arguments as of `Pipeline.__call__`.
 
@@ -95,14 +105,16 @@ def make_plan(
         raise RequestError(f"a seed must be 0 or more, got {seed}")
     _check_text(prompt, negative_prompt)
     height, width = _size(bundle, height, width)
-    name, chosen, source = _solver(bundle, solver, table, k)
+    name, chosen, what = _solver(bundle, solver, table, k, calls)
     ours = chosen is None
     if chosen is not None:
-        _check_table(facts, chosen, source, num_inference_steps)
+        check_table(facts, chosen, what, num_inference_steps)
         times = tuple(chosen.times.tolist())
     else:
         steps = facts.defaults.steps if num_inference_steps is None else num_inference_steps
-        times = _grid(facts, steps)
+        times = own_grid(facts, steps)
+        if name != "epd" and METHODS[name].noisy:
+            times = (*times[:-1], 0.0)  # as diffusers' do: new noise left at the end would be seen
         if name == "epd":
             chosen = epd.start_table(times, DIRECTIONS if k is None else k)
     guidance = guidance_scale
@@ -110,6 +122,9 @@ def make_plan(
         guidance = facts.defaults.guidance if chosen is None or chosen.guidance is None else chosen.guidance
     if not math.isfinite(guidance):
         raise RequestError(f"the guidance scale must be a finite number, got {guidance}")
+    interval = _interval(guidance_interval, times[0])
+    if not ours and chosen is not None and (other := differences(facts, chosen, guidance, interval, (height, width))):
+        log.warning("%s was made for %s", what, ", ".join(other))
     flow = facts.family == "sd3"
     factor = facts.latent.factor
     return Plan(
@@ -125,6 +140,8 @@ def make_plan(
         # DDIM starts from unit variance at abar < 1; published tables start, as their authors do, from sigma itself.
         start_scale=math.hypot(1, times[0]) if ours and not flow else times[0],
         end_scale=1.0 if flow else math.hypot(1, times[-1]),
+        flow=flow,
+        guidance_interval=interval,
         table=chosen,
         start_table=ours and chosen is not None,
     )
@@ -160,82 +177,49 @@ def _size(bundle: Bundle, height: int | None, width: int | None) -> tuple[int, i
     return high, wide
 
 
+def _interval(given: Sequence[float] | None, first: float) -> tuple[float, float] | None:
+    """(lo, hi) sigma, checked against the grid's first."""
+    if given is None:
+        return None
+    low, high = map(float, given)
+    if not (0 <= low < high < math.inf):
+        raise RequestError(f"a guidance interval is two sigmas with 0 <= LO < HI, got {low:g} {high:g}")
+    if low > first:
+        raise RequestError(
+            f"the guidance interval {low:g} {high:g} lies above the grid, which starts at sigma {first:.4g}; "
+            "give a lower one, or --guidance-scale 1 for no guidance"
+        )
+    return low, high
+
+
 def _solver(
-    bundle: Bundle, solver: str | None, table: epd.Table | str | Path | None, k: int | None
-) -> tuple[str, epd.Table | None, str | None]:
-    """Name, table and the table's file: what was asked for, else the bundle's own."""
+    bundle: Bundle, solver: str | None, table: epd.Table | str | Path | None, k: int | None, calls: int | None
+) -> tuple[str, epd.Table | None, str]:
+    """Name, table and what to call the table: what was asked for, else the bundle's own."""
     facts = bundle.facts
-    if (solver or facts.defaults.solver) not in SOLVERS:
-        raise RequestError(f"unknown solver {solver or facts.defaults.solver!r}; choose from {', '.join(SOLVERS)}")
-    if table is not None and solver not in (None, "epd"):
+    name = solver or facts.defaults.solver
+    if name != "epd" and name not in METHODS:
+        raise RequestError(f"unknown solver {name!r}; choose from {', '.join([*METHODS, 'epd'])}")
+    if (table is not None or calls is not None) and solver not in (None, "epd"):
         raise RequestError(f"a table is for the solver epd, not for {solver}; leave one of them out")
-    if k is not None and (table is not None or solver != "epd" or k < 1):
+    if table is not None and calls is not None:
+        raise RequestError("--calls picks one of the bundle's tables; give it or --table, not both")
+    if k is not None and (table is not None or calls is not None or solver != "epd" or k < 1):
         raise RequestError("-k (1 or more) is for --solver epd without a table: a table has its own directions")
     if isinstance(table, epd.Table):
-        return "epd", table, None
-    if table is None and facts.tables and solver in (None, "epd") and k is None:
-        table = bundle.folder / facts.tables[0]
+        return "epd", table, "the table"
     if table is not None:
-        return "epd", load_table(Path(table)), str(table)
-    return solver or facts.defaults.solver, None, None
+        file = find_table(table)
+    elif calls is not None:
+        file = best_table(bundle, calls)
+    elif facts.tables and solver in (None, "epd") and k is None:
+        file = bundle.folder / facts.tables[0]
+    else:
+        if name != "epd" and facts.family not in METHODS[name].families:
+            raise RequestError(f"the solver {name} is not for {facts.family}; choose from {', '.join(_for(facts))}")
+        return name, None, ""
+    return "epd", load_table(file), str(file)
 
 
-def load_table(file: Path) -> epd.Table:
-    """A solver table; RequestError if the file cannot be read or breaks a rule."""
-    try:
-        return epd.Table.load(file)
-    except OSError as error:
-        raise RequestError(f"{file}: {error.strerror}; give a table file made by this program") from None
-    except ValueError as error:
-        raise RequestError(str(error)) from None
-
-
-def _check_table(facts: Facts, table: epd.Table, source: str | None, steps: int | None) -> None:
-    what = source or "the table"
-    if table.family not in (None, facts.family):
-        raise RequestError(
-            f"{what} is for the family {table.family}, {facts.name} is {facts.family}; give another table"
-        )
-    flow = facts.family == "sd3"
-    largest = (
-        1.0 if flow else float(variance_preserving(facts).sigma(facts.schedule.get("num_train_timesteps", 1000) - 1))
-    )
-    if table.times[0] > largest * (1 if flow else _BEYOND):
-        raise RequestError(
-            f"{what} starts at sigma {table.times[0]:g}, {facts.name} at most at {largest:.4g}; give another table"
-        )
-    if flow and table.start == "afs":
-        raise RequestError(f"{what} starts analytically (afs), a flow-matching model cannot; give another table")
-    if steps not in (None, table.steps):
-        raise RequestError(
-            f"{what} has {table.steps} steps, asked for were {steps}; leave --steps out, or give another table"
-        )
-
-
-def _grid(facts: Facts, steps: int) -> tuple[float, ...]:
-    """The grid that the checkpoint's scheduler has in diffusers, final value included: N + 1 sigmas."""
-    schedule = facts.schedule
-    for key, neutral in _UNSUPPORTED[facts.family].items():
-        if schedule.get(key, neutral) != neutral:
-            raise RequestError(
-                f"{facts.name}: its scheduler sets {key} = {schedule[key]!r}, which is not supported; "
-                "give --table with a grid of its own"
-            )
-    train_steps = schedule.get("num_train_timesteps", 1000)
-    if not 1 <= steps <= train_steps:
-        raise RequestError(f"the number of steps must be from 1 to {train_steps}, got {steps}")
-    vp = variance_preserving(facts) if facts.family == "sd15" else None
-    try:
-        if vp is None:
-            return tuple(epd.schedule.flow_euler(steps, schedule.get("shift", 1.0), train_steps).tolist())
-        return tuple(
-            epd.schedule.ddim(
-                steps,
-                vp,
-                spacing=schedule.get("timestep_spacing", "leading"),
-                steps_offset=schedule.get("steps_offset", 0),
-                set_alpha_to_one=schedule.get("set_alpha_to_one", True),
-            ).tolist()
-        )
-    except ValueError as error:
-        raise RequestError(f"{facts.name} cannot be drawn in {steps} steps: {error}") from None
+def _for(facts: Facts) -> list[str]:
+    return [*(name for name, method in METHODS.items() if facts.family in method.families), "epd"]

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from .bundle import Bundle
 from .errors import RequestError
-from .plan import Plan, load_table
+from .plan import Plan
 from .png import version
+from .tables import load_table
 
 if TYPE_CHECKING:
     import epd
@@ -19,7 +20,11 @@ if TYPE_CHECKING:
     from .pipeline import Report
 
 _HASH = 16  # digits kept of a SHA-256
-_SAMPLERS = {"euler": "Euler", "heun": "Heun", "dpm2": "DPM2", "epd": "EPD"}
+_SAMPLERS = {  # names that other tools know; every other solver has its own
+    "euler": "Euler", "euler_ancestral": "Euler a", "heun": "Heun", "dpm2": "DPM2", "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_3m": "DPM++ 3M", "unipc_2": "UniPC", "unipc_3": "UniPC", "deis_2": "DEIS", "deis_3": "DEIS", "lcm": "LCM",
+    "epd": "EPD",
+}  # fmt: skip
 
 
 def settings(bundle: Bundle, plan: Plan, report: Report, seed: int) -> dict[str, Any]:
@@ -27,7 +32,7 @@ def settings(bundle: Bundle, plan: Plan, report: Report, seed: int) -> dict[str,
     facts = bundle.facts
     line: dict[str, Any] = {
         "Steps": plan.steps,
-        "Sampler": _SAMPLERS[plan.solver],
+        "Sampler": _SAMPLERS.get(plan.solver, plan.solver),
         "CFG scale": repr(plan.guidance),
         "Seed": seed,
         "Size": f"{plan.width}x{plan.height}",
@@ -35,6 +40,8 @@ def settings(bundle: Bundle, plan: Plan, report: Report, seed: int) -> dict[str,
         "Version": f"epd-toolkit {version()}",
         "Solver": plan.solver,
     }
+    if plan.guidance_interval is not None:
+        line["Guidance interval"] = " ".join(map(repr, plan.guidance_interval))
     fingerprint = bundle.fingerprint()
     if plan.table is not None:
         line |= {"K": plan.directions, "Table hash": "start" if plan.start_table else table_hash(plan.table)}
@@ -73,6 +80,9 @@ def recorded(file: Path, line: Mapping[str, str], bundle: Bundle, asked: Mapping
             "height": height,
             "width": width,
         }
+        if "Guidance interval" in line:
+            low, high = map(float, line["Guidance interval"].split())
+            arguments["guidance_interval"] = (low, high)
         arguments |= _recorded_solver(file, line, bundle, asked)
     except (KeyError, ValueError) as error:
         if isinstance(error, RequestError):
@@ -84,7 +94,7 @@ def recorded(file: Path, line: Mapping[str, str], bundle: Bundle, asked: Mapping
 def _recorded_solver(file: Path, line: Mapping[str, str], bundle: Bundle, asked: Mapping[str, Any]) -> dict[str, Any]:
     solver = asked.get("solver", line["Solver"])
     new_table = solver == "epd" != line["Solver"] and "k" not in asked and bundle.facts.tables
-    if "table" in asked or new_table:
+    if "table" in asked or "calls" in asked or new_table:
         return {}  # a table has its own steps
     arguments = {"solver": solver, "num_inference_steps": int(line["Steps"])}
     own = solver == "epd" == line["Solver"] and "k" not in asked

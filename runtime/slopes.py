@@ -1,10 +1,12 @@
 """The network as the solver sees it: guided slopes at K points of B images, as one batch of rows or as calls in turn.
 
-Rows are ordered (guidance half, point, image). Knows nothing of solvers, text or pictures.
+Rows are ordered (guidance half, point, image); the negative half holds guided points only. Knows nothing of solvers,
+text or pictures.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -39,6 +41,9 @@ class Slopes:
     directions : "batch" | "calls"
         All P points in one call of H * P * B rows, or P calls of H * B. A graph whose timestep is one scalar for all
         rows can only do the latter: see `directions_of`.
+    interval : (lo, hi), optional
+        Sigma, 0 <= lo < hi: guidance at lo <= sigma <= hi only. Outside, the slope is the prompt's own and its point
+        has one row instead of two (Kynkäänniemi et al. 2024, arXiv 2404.07724). None: everywhere.
 
     Attributes
     ----------
@@ -53,8 +58,9 @@ class Slopes:
         conditioning: Mapping[str, NDArray[Any]],
         guidance: float,
         directions: Directions,
+        interval: tuple[float, float] | None = None,
     ) -> None:
-        self.backbone, self.guidance, self.directions = backbone, guidance, directions
+        self.backbone, self.guidance, self.directions, self.interval = backbone, guidance, directions, interval
         self.guided_forwards = 0
         self._conditioning = conditioning
         self._halves = len(next(iter(conditioning.values())))
@@ -88,21 +94,27 @@ class Slopes:
     def _evaluate(self, x: Array, t: Array) -> Array:
         """One call: x (P, B, C, h, w) at t (P, B)."""
         sigma = t.reshape(*t.shape, *(1,) * (x.ndim - t.ndim))
-        rows = (self._halves, *t.shape)  # (H, P, B)
-        timestep = np.broadcast_to(self._network_time(t), rows).ravel()
+        guided = self._guided(t).ravel()  # (P B,): points of two rows
+        point = np.concatenate([np.flatnonzero(guided), np.arange(t.size)])  # of every row
+        half = np.repeat([0, self._halves - 1], [guided.sum(), t.size])
+        timestep = self._network_time(t).ravel()[point]
         if not _per_row(self._times_shape):
             timestep = timestep[:1].reshape((1,) * len(self._times_shape))
-        sample = np.broadcast_to(self._network_input(x, sigma), (self._halves, *x.shape))
-        feeds = {self._sample: sample.reshape(-1, *x.shape[2:]), "timestep": timestep}
-        for name, value in self._conditioning.items():  # (H, ...) -> (H, P, B, ...) -> (rows, ...)
-            every = np.broadcast_to(value[:, None, None], (*rows, *value.shape[1:]))
-            feeds[name] = every.reshape(-1, *value.shape[1:])
+        feeds = {name: value[half] for name, value in self._conditioning.items()}  # (H, ...) -> (rows, ...)
+        feeds |= {self._sample: self._network_input(x, sigma).reshape(-1, *x.shape[2:])[point], "timestep": timestep}
         answer: Array = self.backbone(want=[self._answer], **feeds)[self._answer].astype(np.float64)
         self.guided_forwards += len(answer)
-        halves: Array = answer.reshape(self._halves, *x.shape)
+        negative, slope = np.split(answer, [len(answer) - t.size])
         with np.errstate(over="ignore", invalid="ignore"):  # `epd.solve` looks at every slope
-            slope: Array = halves[-1] if self._halves == 1 else halves[0] + self.guidance * (halves[1] - halves[0])
-        return slope
+            slope[guided] = negative + self.guidance * (slope[guided] - negative)
+        return slope.reshape(x.shape)
+
+    def _guided(self, t: Array) -> NDArray[np.bool_]:
+        """Where guidance applies, shape of t."""
+        if self._halves == 1:
+            return np.zeros(t.shape, bool)
+        low, high = self.interval or (-math.inf, math.inf)
+        return (low <= t) & (t <= high)
 
 
 def directions_of(backbone: Session) -> Directions:

@@ -35,7 +35,7 @@ def test_generate_json_has_the_keys_of_the_design(bundles, tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out)
     assert list(printed) == [
         "images", "seeds", "prompt", "solver", "steps", "sequential_calls", "total_evaluations", "guided_forwards",
-        "provider", "directions", "seconds", "peak_rss_bytes", "bundle",
+        "guidance_interval", "provider", "directions", "seconds", "peak_rss_bytes", "bundle",
     ]  # fmt: skip
     assert printed["images"] == [str(out)]
     assert printed["provider"] | {"nodes": None} == {

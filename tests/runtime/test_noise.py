@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from runtime.noise import randn
+from runtime.noise import Stream, randn
 
 # torch 2.13: torch.randn(count, generator=torch.Generator("cpu").manual_seed(seed)), the last three values
 STORED = {
@@ -27,3 +27,12 @@ def test_equals_torch(shape, seed):
 def test_only_the_low_32_bits_of_a_seed_count():
     assert np.array_equal(randn((20,), 5), randn((20,), 5 + 2**32))
     assert not np.array_equal(randn((20,), 5), randn((20,), 6))
+
+
+@pytest.mark.parametrize("counts", [(64, 64, 64), (20, 37, 16), (3, 3, 1, 5), (7, 40, 2, 17, 3)])
+def test_a_stream_goes_on_as_a_generator_does(counts):
+    torch = pytest.importorskip("torch")
+    generator, stream = torch.Generator("cpu").manual_seed(11), Stream(11)
+    for count in counts:
+        expected = torch.randn(count, generator=generator).numpy()
+        np.testing.assert_allclose(stream.randn((count,)), expected, rtol=0, atol=1e-6)

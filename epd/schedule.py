@@ -123,6 +123,19 @@ def flow_euler(n: int, shift: float = 3.0, num_train_timesteps: int = 1000) -> F
     return _grid(n, np.append(shifted(np.linspace(1.0, shifted(1 / num_train_timesteps), n)), 0.0))
 
 
+def shifted(n: int, shift: float = 1.0, vp: VP | None = None) -> Floats:
+    """n + 1 decreasing times over the whole range of a model, most of them early (shift > 1) or late (shift < 1).
+
+    u evenly spaced from 1 to 0, then u -> shift u / (1 + (shift - 1) u). Flow matching (`vp` None): the times are u,
+    from 1 to 0. Otherwise sigma at network time (num_train_timesteps - 1) u: 14.61 .. 0.0292 for Stable Diffusion 1.5.
+    """
+    if not shift > 0:
+        raise ValueError(f"shift must be > 0, got {shift}")
+    u = 1 - _even(n)
+    u = shift * u / (1 + (shift - 1) * u)
+    return _grid(n, u if vp is None else vp.sigma((vp.num_train_timesteps - 1) * u))
+
+
 def ddim(
     n: int, vp: VP = SD15, spacing: str = "leading", steps_offset: int = 1, set_alpha_to_one: bool = False
 ) -> Floats:

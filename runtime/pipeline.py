@@ -12,7 +12,7 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -195,19 +195,14 @@ class Pipeline:
     ) -> Result:
         """Carries out a plan: encode, prior, solve, decode."""
         clock = _Clock(self)
-        backbone = self._session(self.bundle.backbone)
-        halves = [plan.negative_prompt, plan.prompt] if plan.guided else [plan.prompt]
-
-        told = conditioning(self.bundle, self._session, halves)  # (halves, ...) each
+        slopes = self.slopes([plan.prompt], plan.guidance, plan.negative_prompt, plan.guidance_interval)
         clock.lap("encode")
 
-        directions = directions_of(backbone.load())
-        if directions == "calls" and plan.wide:
+        if slopes.directions == "calls" and plan.wide:
             log.warning(
                 "%s takes one timestep for all rows: the points of a request run as calls in turn, not as one batch",
-                backbone.path,
+                slopes.backbone.path,
             )
-        slopes = Slopes(backbone, self.bundle.facts, told, plan.guidance, directions, plan.guidance_interval)
         streams = [Stream(seed) for seed in plan.seeds]  # one per image: its start, then its solver's noise
 
         def noise(x: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -224,30 +219,56 @@ class Pipeline:
             raise NotFiniteError(f"{error} (at step {step.index + 2} of {plan.steps})") from None
         except FloatingPointError:
             raise NotFiniteError(
-                f"{backbone.component}: NaN or infinity in its guided slope, at guidance scale {plan.guidance:g}; "
-                f"give a smaller one (at step {step.index + 2} of {plan.steps})"
+                f"{slopes.backbone.component}: NaN or infinity in its guided slope, at guidance scale "
+                f"{plan.guidance:g}; give a smaller one (at step {step.index + 2} of {plan.steps})"
             ) from None
         x = step.x / plan.end_scale
         clock.lap("denoise")
 
-        images: Any = x.astype(np.float32) if output_type == "latent" else self._decode(x)
+        images: Any = x.astype(np.float32) if output_type == "latent" else self.decode(x)
         if output_type == "pil":
             images = [Image.fromarray(np.rint(image * 255).astype(np.uint8)) for image in images]
         clock.lap("decode")
         return Result(images, plan, self._report(plan, step, slopes, clock))
 
-    def close(self) -> None:
-        """Releases all sessions; they are loaded again when needed."""
-        for session in self._sessions.values():
-            session.unload()
+    def slopes(
+        self,
+        prompts: Sequence[str],
+        guidance: float,
+        negative_prompt: str = "",
+        interval: tuple[float, float] | None = None,
+    ) -> Slopes:
+        """The network as a solver sees it, told one prompt per image, or one for all of them; guided above 1.
 
-    def _decode(self, x: NDArray[np.float64]) -> NDArray[np.float32]:
+        Many prompts in one batch give each image what it gets alone.
+
+        Raises
+        ------
+        BundleError, ProviderError
+        """
+        guided = guidance > 1
+        told = conditioning(self.bundle, self._session, [negative_prompt, *prompts] if guided else prompts)
+        if guided:
+            halves = {  # (H, B, ...)
+                name: np.stack([np.broadcast_to(value[:1], value[1:].shape), value[1:]]) for name, value in told.items()
+            }
+        else:
+            halves = {name: value[None] for name, value in told.items()}
+        backbone = self._session(self.bundle.backbone).load()
+        return Slopes(backbone, self.bundle.facts, halves, guidance, directions_of(backbone), interval)
+
+    def decode(self, x: NDArray[np.float64]) -> NDArray[np.float32]:
         """Latents (B, C, h, w) to pictures (B, H, W, 3) in [0, 1]; one at a time, for memory."""
         latent, decoder = self.bundle.facts.latent, self._session("vae_decoder")
         scaled = x / latent.scaling + latent.shift
         pictures = np.concatenate([decoder(latent_sample=row[None], want=["sample"])["sample"] for row in scaled])
         pixels: NDArray[np.float32] = np.clip(pictures.astype(np.float32) / 2 + np.float32(0.5), 0, 1)
         return pixels.transpose(0, 2, 3, 1)
+
+    def close(self) -> None:
+        """Releases all sessions; they are loaded again when needed."""
+        for session in self._sessions.values():
+            session.unload()
 
     def _session(self, component: str) -> Session:
         if component not in self._sessions:

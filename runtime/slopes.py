@@ -35,7 +35,8 @@ class Slopes:
     backbone : Session
     facts : Facts
     conditioning : mapping
-        Input name -> (H, ...) array: H = 2 (for the negative prompt, then the prompt) if guided, else 1.
+        Input name -> (H, ...) array, the same for all images, or (H, B, ...) array, one entry per image: H = 2 (for
+        the negative prompt, then the prompt) if guided, else 1.
     guidance : float
         slope = negative + guidance * (positive - negative); not used where H = 1.
     directions : "batch" | "calls"
@@ -62,7 +63,10 @@ class Slopes:
     ) -> None:
         self.backbone, self.guidance, self.directions, self.interval = backbone, guidance, directions, interval
         self.guided_forwards = 0
-        self._conditioning = conditioning
+        rank = {tensor.name: len(tensor.shape) for tensor in backbone.inputs}
+        self._conditioning = {  # (H, 1 or B, ...)
+            name: value if value.ndim > rank.get(name, 0) else value[:, None] for name, value in conditioning.items()
+        }
         self._halves = len(next(iter(conditioning.values())))
         self._network_input: Callable[[Array, Array], Array]
         self._network_time: Callable[[Array], Array]
@@ -89,10 +93,10 @@ class Slopes:
         """One point: one call, or one an image where their times differ and the graph takes a single one."""
         if _per_row(self._times_shape) or (t == t[0, 0]).all():
             return self._evaluate(x, t)
-        return np.concatenate([self._evaluate(x[:, b : b + 1], t[:, b : b + 1]) for b in range(x.shape[1])], axis=1)
+        return np.concatenate([self._evaluate(x[:, b : b + 1], t[:, b : b + 1], b) for b in range(x.shape[1])], axis=1)
 
-    def _evaluate(self, x: Array, t: Array) -> Array:
-        """One call: x (P, B, C, h, w) at t (P, B)."""
+    def _evaluate(self, x: Array, t: Array, first: int = 0) -> Array:
+        """One call: x (P, B, C, h, w) at t (P, B), of the B images from the first on."""
         sigma = t.reshape(*t.shape, *(1,) * (x.ndim - t.ndim))
         guided = self._guided(t).ravel()  # (P B,): points of two rows
         point = np.concatenate([np.flatnonzero(guided), np.arange(t.size)])  # of every row
@@ -100,7 +104,10 @@ class Slopes:
         timestep = self._network_time(t).ravel()[point]
         if not _per_row(self._times_shape):
             timestep = timestep[:1].reshape((1,) * len(self._times_shape))
-        feeds = {name: value[half] for name, value in self._conditioning.items()}  # (H, ...) -> (rows, ...)
+        image = first + point % x.shape[1]
+        feeds = {  # (H, 1 or B, ...) -> (rows, ...)
+            name: value[half, image if value.shape[1] > 1 else 0] for name, value in self._conditioning.items()
+        }
         feeds |= {self._sample: self._network_input(x, sigma).reshape(-1, *x.shape[2:])[point], "timestep": timestep}
         answer: Array = self.backbone(want=[self._answer], **feeds)[self._answer].astype(np.float64)
         self.guided_forwards += len(answer)

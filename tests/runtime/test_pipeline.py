@@ -55,6 +55,33 @@ def test_rows_belong_to_their_point_image_and_half(bundles, family):
             np.testing.assert_allclose(answer[p, b], alone[0, 0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("guidance", [4.0, 1.0])
+@pytest.mark.parametrize("directions", ["batch", "calls"])
+def test_one_prompt_per_image(pipe, guidance, directions):
+    """Many prompts in one batch: each image has the slope it has alone, with its own prompt."""
+    x = np.random.default_rng(3).standard_normal((2, 3, tiny_bundle.CHANNELS, 4, 4))
+    t = np.array([[0.9, 0.7, 0.5], [0.4, 0.3, 0.2]])
+    prompts = ["red", "blue cat", ""]
+    many = pipe.slopes(prompts, guidance, "dog")
+    many.directions = directions
+    answer = many(epd.Points(x, t))
+    assert many.guided_forwards == 6 * (2 if guidance > 1 else 1)
+    for b, prompt in enumerate(prompts):
+        alone = pipe.slopes([prompt], guidance, "dog")(epd.Points(x[:, b : b + 1], t[:, b : b + 1]))
+        np.testing.assert_allclose(answer[:, b], alone[:, 0], rtol=1e-5, atol=1e-5)
+    assert abs(answer[:, 0] - many(epd.Points(x[:, [1, 1, 1]], t))[:, 0]).max() > 1e-3
+
+
+def test_one_prompt_per_image_where_the_graph_takes_one_timestep(bundles):
+    pipe = Pipeline.from_pretrained(bundles["optimum"])
+    x = np.random.default_rng(3).standard_normal((2, 2, tiny_bundle.CHANNELS, 4, 4))
+    t = np.array([[9.0, 7.0], [4.0, 3.0]])
+    answer = pipe.slopes(["red", "blue"], 4.0)(epd.Points(x, t))
+    for b, prompt in enumerate(["red", "blue"]):
+        alone = pipe.slopes([prompt], 4.0)(epd.Points(x[:, b : b + 1], t[:, b : b + 1]))
+        np.testing.assert_allclose(answer[:, b], alone[:, 0], rtol=1e-5, atol=1e-5)
+
+
 def test_guidance_is_extrapolation_from_the_negative(bundles, family):
     bundle = Bundle.open(bundles[family])
     x, t = np.ones((1, 1, tiny_bundle.CHANNELS, 4, 4)), np.array([0.5])

@@ -16,6 +16,7 @@ Knows nothing of solvers; `epd.importer` makes a table of what is read.
 import io
 import math
 import pickletools
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -50,7 +51,8 @@ def read(data: bytes) -> Any:
     """
     if len(data) > MAX_BYTES:
         raise ValueError(f"refused: {len(data)} bytes, a snapshot has at most {MAX_BYTES}")
-    return _run(io.BytesIO(data), calls=CALLS, objects=OBJECTS)
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of odd escapes in a hostile name
+        return _run(io.BytesIO(data), calls=CALLS, objects=OBJECTS)
 
 
 @dataclass(frozen=True)
@@ -195,21 +197,9 @@ def _ignore(_: _Machine, argument: Any) -> None:
 
 
 Action = Callable[[_Machine, Any], None]
-VALUES = frozenset(
-    [
-        "BININT",
-        "BININT1",
-        "BININT2",
-        "LONG1",
-        "LONG4",
-        "BINFLOAT",
-        "SHORT_BINUNICODE",
-        "BINUNICODE",
-        "BINUNICODE8",
-        "SHORT_BINBYTES",
-        "BINBYTES",
-        "BINBYTES8",
-    ]
+VALUES = (  # opcodes that push their argument
+    *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINBYTES", "BINBYTES8", "SHORT_BINBYTES"),
+    *("BINUNICODE", "BINUNICODE8", "SHORT_BINUNICODE"),
 )
 ACTIONS: Mapping[str, Action] = {
     "PROTO": _protocol,

@@ -209,7 +209,7 @@ def _ask(slope: Slope, x: Array, t: Floats) -> Array:
 
 def _solve(slopes: list[Array], target: Array, plain: Array, design: Design, learn: int | None) -> Array:
     """Coefficients of the slopes nearest to the target, pulled towards `plain` ones."""
-    a = np.stack([slope[:learn].ravel() for slope in slopes])
+    a: Array = np.stack([slope[:learn].ravel() for slope in slopes])
     gram = a @ a.T
     pull = design.ridge * np.trace(gram) / len(a)
     missing = a @ (target[:learn].ravel() - plain @ a)

@@ -1,4 +1,4 @@
-"""python -m runtime generate|solvers|inspect"""
+"""python -m runtime generate|fit|solvers|inspect"""
 
 from __future__ import annotations
 
@@ -80,6 +80,36 @@ def _parser() -> argparse.ArgumentParser:
     draw.add_argument("--provider-option", action="append", default=[], metavar="KEY=VALUE", help="may be repeated")
     draw.add_argument("-o", "--output", type=Path, metavar="PNG", help="file, or folder (default: MODEL-SEED.png here)")
     draw.add_argument("--json", action="store_true", help="print one object on stdout")
+
+    learn = commands.add_parser(
+        "fit", help="fit a solver table to a bundle, on this machine, from forward passes alone (minutes)"
+    )
+    learn.set_defaults(run=_fit)
+    learn.add_argument("model", nargs="?", metavar="MODEL", help="a bundle (default: shapes-sd3)")
+    size = learn.add_mutually_exclusive_group()
+    size.add_argument("-n", type=int, metavar="N", help="intervals; the table takes N + 1 sequential calls")
+    size.add_argument("--calls", type=int, metavar="M", help="sequential calls (default 6)")
+    learn.add_argument("-k", type=int, metavar="K", default=2, help="directions (default 2)")
+    learn.add_argument(
+        "--trajectories", type=int, metavar="T", default=16, help="to learn from (default 16; 4 will do)"
+    )
+    learn.add_argument("--teacher-calls", type=int, metavar="C", default=120, help="calls of each (default 120)")
+    learn.add_argument("--candidates", type=int, metavar="D", default=24, help="designs tried (default 24)")
+    learn.add_argument(
+        "--guidance-scale", type=float, nargs="+", metavar="G", default=[], help="one, or several for one table"
+    )
+    learn.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line (default: the bundle's own)")
+    learn.add_argument("--seed", type=int, metavar="S", default=100_000, help="of the first start noise")
+    learn.add_argument(
+        "--provider", default="cpu", metavar="NAME", help="ONNX Runtime execution provider (default cpu)"
+    )
+    learn.add_argument("--provider-option", action="append", default=[], metavar="KEY=VALUE", help="may be repeated")
+    learn.add_argument(
+        "--work", type=Path, metavar="DIR", help="kept trajectories, to go on from (default: user cache)"
+    )
+    learn.add_argument("-o", "--output", type=Path, metavar="JSON", help="table (default: MODEL-kK-callsM.json here)")
+    learn.add_argument("--install", action="store_true", help="make it one of the bundle's tables, too")
+    learn.add_argument("--json", action="store_true", help="print one object on stdout")
 
     known = commands.add_parser("solvers", help="list what --solver takes")
     known.set_defaults(run=_solvers)
@@ -211,6 +241,40 @@ def _refuse(message: str) -> NoReturn:
     from .errors import RequestError
 
     raise RequestError(message)
+
+
+def _fit(options: argparse.Namespace) -> None:
+    from . import png
+    from .fit import Order, fit_bundle, read_prompts
+    from .pipeline import DEFAULT, Pipeline
+
+    pipe = Pipeline.from_pretrained(
+        options.model or DEFAULT, provider=options.provider, provider_options=_pairs(options.provider_option)
+    )
+    calls = options.n + 1 if options.n is not None else 6 if options.calls is None else options.calls
+    order = Order(
+        prompts=read_prompts(options.prompts, pipe.bundle.folder),
+        calls=calls,
+        directions=options.k,
+        guidance=tuple(options.guidance_scale),
+        trajectories=options.trajectories,
+        teacher_calls=options.teacher_calls,
+        candidates=options.candidates,
+        seed=options.seed,
+    )
+    output = options.output or Path(f"{pipe.bundle.facts.name}-k{options.k}-calls{calls}.json")
+    png.check_writable(output, ".json")
+    table, judgement = fit_bundle(pipe, order, options.work)
+    table.save(output)
+    if options.install:
+        pipe.bundle.install(table, output.name)
+    if options.json:
+        from dataclasses import asdict
+
+        print(json.dumps({"table": str(output), "installed": options.install} | asdict(judgement)))
+    else:
+        print(output)
+        print(judgement.told(order.calls), file=sys.stderr)
 
 
 def _solvers(options: argparse.Namespace) -> None:

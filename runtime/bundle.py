@@ -16,9 +16,12 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass,
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import epd
+
 from .errors import BundleError as BundleError
 
 FORMAT = 1
+TABLES = "tables"  # folder of the solver tables that belong to a bundle
 FILE = "bundle.json"
 
 Family = Literal["sd3", "sd15"]
@@ -217,6 +220,22 @@ class Bundle:
     def fingerprint(self) -> str | None:
         """SHA-256 of bundle.json, which holds those of all other files; None for a foreign folder."""
         return None if self.foreign else sha256(self.folder / FILE)
+
+    def install(self, table: epd.Table, name: str) -> None:
+        """Makes a table one of this bundle's, the first and so the default, in place of an older one of that name.
+
+        Raises
+        ------
+        BundleError
+            The folder has no bundle.json.
+        """
+        if self.foreign:
+            raise BundleError(f"{self.folder}: no {FILE} to install a table in; export it with `python -m export`")
+        (self.folder / TABLES).mkdir(exist_ok=True)
+        path = f"{TABLES}/{name}"
+        table.save(self.folder / path)
+        others = tuple(other for other in self.facts.tables if other != path)
+        write_facts(self.folder, replace(self.facts, tables=(path, *others)))
 
     def _check_size(self, stored: Stored) -> None:
         path = self.folder / stored.path

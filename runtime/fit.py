@@ -7,9 +7,12 @@ stopped goes on where it was. The algorithm is `epd.fit`; this module gives it a
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,9 +22,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 import epd
+import epd.catalogue
 from epd.fit import Design, Trajectories, decibels, fit, search, teach
+from epd.solve import Slope, Solver
 from epd.solvers import METHODS
 
 from .bundle import Facts
@@ -35,6 +41,7 @@ from .slopes import Slopes, variance_preserving
 Array = NDArray[np.float64]
 PROMPTS = "prompts.txt"  # in a bundle: what its model is told; else the file beside this module
 SHIFTS = {"sd3": (2.0, 3.0, 1.5), "sd15": (1.0, 0.6, 1.6)}  # of the grids to try first
+log = logging.getLogger(__name__)
 _BATCH = 1 << 16  # latent entries in one request, at most (one image at least)
 _GROUP = 16  # images in one request, at most
 _LAST = 0.9  # position of a last point where the grid ends at 0: no slope is asked there
@@ -93,9 +100,19 @@ class Judgement:
     training_free: dict[str, float]  # solver -> psnr_db at as many sequential calls, on the better of two grids
 
     @property
-    def best_other(self) -> tuple[str, float]:
+    def best_other(self) -> str:
         """The closest of the training-free solvers."""
-        return max(self.training_free.items(), key=lambda entry: entry[1])
+        return max(self.training_free, key=lambda name: self.training_free[name])
+
+    def told(self, calls: int) -> str:
+        """In words, plainly also where the table does not win."""
+        other, ours = self.best_other, f"{self.psnr_db:.1f} ± {self.half_width_db:.1f} dB"
+        verdict = "closer than" if self.psnr_db > self.training_free[other] else "NO closer than"
+        return (
+            f"{ours} from converged pictures of {self.images} held-out prompts at {calls} sequential calls: {verdict} "
+            f"every training-free solver (best: {other}, {self.training_free[other]:.1f} dB); "
+            f"two converged solutions agree to {self.reference_db:.1f} dB"
+        )
 
 
 Told = Callable[[str], None]  # one line of news
@@ -190,7 +207,7 @@ class Fitting:
         noise = np.stack([randn(self.shape, seed) for seed in group.seeds]).astype(np.float64)
         return np.asarray(self._fine(8)[0] * noise)
 
-    def _slope(self, groups: Sequence[Group], tick: bool = True) -> epd.solve.Slope:
+    def _slope(self, groups: Sequence[Group], tick: bool = True) -> Slope:
         """The network over the images of several groups, one group after the other."""
         for group in groups:
             if group not in self._slopes:
@@ -224,7 +241,7 @@ class Fitting:
         os.replace(partial_file, file)
         return found
 
-    def _score(self, slope: epd.solve.Slope, teacher: Trajectories, learn: int, design: Design) -> float:
+    def _score(self, slope: Slope, teacher: Trajectories, learn: int, design: Design) -> float:
         """Mean dB of the images that choose; kept in the work folder."""
         file, key = self.work / "scores.jsonl", json.dumps(asdict(design))
         if file.is_file():
@@ -243,7 +260,7 @@ class Fitting:
         facts = self.pipe.bundle.facts
         noise = np.concatenate([self._start(group) for group in groups]) / reference.times[0]
 
-        def drawn(solver: epd.solve.Solver, grid: Sequence[float], scale: float) -> tuple[Array, Array]:
+        def drawn(solver: Solver, grid: Sequence[float], scale: float) -> tuple[Array, NDArray[Any]]:
             *_, last = epd.solve(solver, scale * noise, slope)
             x = last.x / _end_scale(facts, grid[-1])
             return x, self.pipe.decode(x)
@@ -300,6 +317,39 @@ class Fitting:
                 "held_out": asdict(judgement),
             },
         )
+
+
+def fit_bundle(pipe: Pipeline, order: Order, work: Path | None = None) -> tuple[epd.Table, Judgement]:
+    """Carries out an order with progress on a terminal: says how long it will take, then does it.
+
+    Trajectories and scores are kept under `work`, by bundle and what they depend on: several tables of one bundle can
+    share them. None: in the user's cache, and removed at the end.
+    """
+    order.check()
+    folder = (work or epd.catalogue.cache_folder() / "fit") / _key(pipe, order)
+    folder.mkdir(parents=True, exist_ok=True)
+    fitting = Fitting(pipe, order, folder)
+    rows, seconds = fitting.predict()
+    log.warning("about %s on this machine (%d rows of the network); a stopped run goes on", _long(seconds), rows)
+    with tqdm(total=rows, unit="row", disable=None, leave=False, smoothing=0.05) as bar:
+        fitting.ticked = bar.update
+        table, judgement = fitting.run(bar.write)
+    if work is None:
+        shutil.rmtree(folder)
+    return table, judgement
+
+
+def _key(pipe: Pipeline, order: Order) -> str:
+    """Of the converged trajectories: everything they depend on."""
+    told = asdict(replace(order, calls=2, directions=1, candidates=1))
+    told |= {"bundle": pipe.bundle.fingerprint() or str(pipe.bundle.folder.resolve()), "provider": pipe.provider}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _long(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def read_prompts(file: Path | None, bundle_folder: Path) -> tuple[str, ...]:

@@ -94,10 +94,10 @@ def save(image: Image.Image, file: Path, parameters: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def check_writable(file: Path) -> None:
-    """RequestError if a PNG cannot be written there: called before the work starts."""
-    if file.suffix.lower() != ".png":
-        raise RequestError(f"{file}: pictures are written as .png; give such a name")
+def check_writable(file: Path, suffix: str = ".png") -> None:
+    """RequestError if a file of this suffix cannot be written there: called before the work starts."""
+    if file.suffix.lower() != suffix:
+        raise RequestError(f"{file}: it is written as {suffix}; give such a name")
     if file.is_dir():
         raise RequestError(f"{file}: a folder; give a file name")
     try:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import epd
+from benchmarks import orders
 from tests.epd.oracle import ode_slope, ode_solution
 
 START = np.linspace(-1, 1, 6).reshape(1, 2, 3)
@@ -41,9 +42,6 @@ def adams_bashforth(times):
 
 
 SOLVERS = {
-    "euler": (epd.solvers.euler, 1),
-    "heun": (epd.solvers.heun, 2),
-    "dpm2": (epd.solvers.dpm2, 2),
     "dpm2 r 0.3": (lambda times: epd.solvers.dpm2(times, 0.3), 2),
     "epd start table K=1": (lambda times: epd.solvers.epd(epd.start_table(times, 1)), 2),
     "epd start table K=2": (lambda times: epd.solvers.epd(epd.start_table(times, 2)), 2),
@@ -71,9 +69,34 @@ def test_order(name):
     assert slope == pytest.approx(order, abs=0.15)
 
 
-@pytest.mark.parametrize("name", ["euler", "heun", "dpm2", "epd start table K=2"])
-def test_grid_that_ends_at_zero(name):
-    times = np.append(epd.schedule.polynomial(80, 0.02, 3.0), 0.0)
-    *_, last = epd.solve(SOLVERS[name][0](times), START, ode_slope)
-    assert last.t == 0
-    np.testing.assert_allclose(last.x, ode_solution(START, times[0], 0.0), rtol=0.1 if name == "euler" else 0.01)
+FULL = {  # with the full order to the end
+    "unipc_2": (lambda times, flow: epd.solvers.unipc(times, 2, flow, lower_order_final=False), 3),
+    "unipc_3": (lambda times, flow: epd.solvers.unipc(times, 3, flow, lower_order_final=False), 3),
+}
+METHODS = {method.name: (method.build, method.order) for method in orders.deterministic()}
+ALL = {**METHODS, **{f"{name}, lower_order_final off": value for name, value in FULL.items()}}
+
+
+@pytest.mark.parametrize("flow", [False, True])
+@pytest.mark.parametrize("name", ALL)
+def test_every_training_free_solver_shows_its_declared_order(name, flow):
+    build, declared = ALL[name]
+    counts = (64, 128, 256)
+    found = [orders.error(build, orders.grid(n, flow), flow) for n in counts]
+    assert orders.order(found, counts) == pytest.approx(declared, abs=0.15)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "euler"])
+def test_from_pure_noise_in_flow_the_order_holds_up_to_a_logarithm(name):
+    """Near t = 1 steps in lambda do not get shorter with more of them: N^-2 log N for the methods in lambda."""
+    build, declared = METHODS[name]
+    counts = (64, 128, 256)
+    found = [orders.error(build, np.linspace(1.0, 0.1, n + 1), True) for n in counts]
+    assert declared - 0.3 < orders.order(found, counts) < declared + 0.15
+
+
+@pytest.mark.parametrize("flow", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_grid_that_ends_at_zero(name, flow):
+    times = np.append(epd.schedule.flow(80) if flow else epd.schedule.polynomial(80, 0.02, 3.0), 0.0)
+    assert orders.error(METHODS[name][0], times, flow) < (0.1 if METHODS[name][1] == 1 else 0.01)

@@ -151,15 +151,14 @@ class _Scheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def _advance(self, run: Coroutine) -> Floats:
         """Hands the slopes in; the next request's first point, or the latents at the end."""
-        answer, reached = np.stack(self._slopes), None
-        self._slopes = []
+        answer, self._slopes = np.stack(self._slopes), []
         try:
             event = run.send(answer)
-            while isinstance(event, State):
-                reached = event.x
+            while not isinstance(event, Points):
+                last: State = event
                 event = next(run)
         except StopIteration:
-            return np.asarray(reached / self._end_scale)
+            return np.asarray(last.x / self._end_scale)
         self._points = event
         return np.asarray(event.x[0])
 

@@ -12,7 +12,7 @@ from .table import Table, point_times
 
 WEAK = 0.05  # share of an interval's weight below which a direction hardly counts
 WIDTH = 100  # columns of the text
-STRIP = 25  # columns of one interval's picture in the text
+STRIP = 21  # columns of one interval's picture in the text
 
 
 def describe(table: Table) -> dict[str, Any]:

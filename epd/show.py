@@ -1,6 +1,7 @@
 """What a table is, for a reader: its numbers, where they came from, the work it asks for, a plot of its points."""
 
 import io
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,8 @@ def _origin(table: Table) -> list[tuple[str, str]]:
     told = {key: value for key, value in (table.provenance or {}).items() if key != "metadata"}
     if not told:
         return [("from", "not said")]
-    return [("from" if i == 0 else "", f"{key}: {value}") for i, (key, value) in enumerate(told.items())]
+    lines = [f"{key}: {value if isinstance(value, str) else json.dumps(value)}" for key, value in told.items()]
+    return [("from" if i == 0 else "", line) for i, line in enumerate(lines)]
 
 
 def _weak_text(weak: list[dict[str, Any]]) -> str:

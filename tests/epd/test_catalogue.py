@@ -65,6 +65,7 @@ def serving(data, *, status=None, ranges=True, stop_after=None, silent=False, te
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = False  # so that closing waits for their sockets
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:

@@ -67,7 +67,6 @@ class Table:
     grid: str | None = None  # how `times` were made, for a reader
     guidance: float | None = None  # guidance scale it was made for
     size: tuple[int, int] | None = None  # height, width in pixels it was made for
-    t5: bool | None = None
     provenance: Mapping[str, Any] | None = None  # JSON object: who made it, how, from what
 
     def __post_init__(self) -> None:

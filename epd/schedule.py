@@ -123,6 +123,17 @@ def flow_euler(n: int, shift: float = 3.0, num_train_timesteps: int = 1000) -> F
     return _grid(n, np.append(shifted(np.linspace(1.0, shifted(1 / num_train_timesteps), n)), 0.0))
 
 
+def flow_dynamic(n: int, mu: float, num_train_timesteps: int = 1000) -> Floats:
+    """n + 1 decreasing times > 0: the grid of published FLUX tables, shifted by e^mu (mu: 1.15 at 1024 x 1024).
+
+    diffusers' FlowMatchEulerDiscreteScheduler with dynamic shifting, set_timesteps(n + 1, mu=mu), its final 0 dropped;
+    unlike `flow`, the smallest training sigma is shifted once.
+    """
+    s = 1 + _even(n) * (1 / num_train_timesteps - 1)
+    shift = np.exp(mu)
+    return _grid(n, shift * s / (1 + (shift - 1) * s))
+
+
 def ddim(
     n: int, vp: VP = SD15, spacing: str = "leading", steps_offset: int = 1, set_alpha_to_one: bool = False
 ) -> Floats:

@@ -67,6 +67,7 @@ class Table:
     grid: str | None = None  # how `times` were made, for a reader
     guidance: float | None = None  # guidance scale it was made for
     size: tuple[int, int] | None = None  # height, width in pixels it was made for
+    t5: bool | None = None  # made with real T5 text tokens (SD3); None: not known, or the model has none
     provenance: Mapping[str, Any] | None = None  # JSON object: who made it, how, from what
 
     def __post_init__(self) -> None:
@@ -202,6 +203,7 @@ class Table:
         if self.guidance is not None:
             real = isinstance(self.guidance, int | float) and not isinstance(self.guidance, bool)
             _rule(real and 0 <= self.guidance < float("inf"), "guidance must be a finite number >= 0")
+        _rule(isinstance(self.t5, bool | None), "t5 must be true or false")
         if self.size is not None:
             pair = isinstance(self.size, tuple | list) and len(self.size) == 2
             _rule(pair and all(type(s) is int and s > 0 for s in self.size), "size must be two positive integers")

@@ -181,9 +181,10 @@ def _interval(given: Sequence[float] | None, first: float) -> tuple[float, float
     """(lo, hi) sigma, checked against the grid's first."""
     if given is None:
         return None
+    if len(given) != 2 or not 0 <= given[0] < given[1] < math.inf:
+        told = " ".join(f"{sigma:g}" for sigma in given)
+        raise RequestError(f"a guidance interval is two sigmas with 0 <= LO < HI, got {told}")
     low, high = map(float, given)
-    if not (0 <= low < high < math.inf):
-        raise RequestError(f"a guidance interval is two sigmas with 0 <= LO < HI, got {low:g} {high:g}")
     if low > first:
         raise RequestError(
             f"the guidance interval {low:g} {high:g} lies above the grid, which starts at sigma {first:.4g}; "

@@ -1,0 +1,109 @@
+"""What `benchmarks quality` compares, and with what: attempts that fit a number of sequential calls, and references."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import epd
+from epd.solve import Solver
+
+from .bench import Attempt, Bench
+
+DIRECTIONS = (1, 2, 3)  # K of the start tables
+TOLERANCES = (1e-1, 1e-2, 1e-3)  # of the solvers that are parallel in time
+PARALLEL_STEPS = 28
+
+
+def entrants(bench: Bench, calls: Sequence[int], tables: Sequence[Path], only: Sequence[str] | None) -> list[Attempt]:
+    """Everything that is compared: Euler first, then each deterministic solver of the family at each number of calls,
+    the untrained start tables, the tables, and the solvers that are parallel in time.
+
+    Raises
+    ------
+    RequestError
+        A table that does not fit the model, or an unknown name in `only`.
+    """
+    from runtime.errors import RequestError
+
+    family = bench.pipe.bundle.facts.family
+    plans = {str(file): bench.pipe.plan("", table=file) for file in tables}
+    calls = sorted({*calls, *(plan.table.sequential_calls for plan in plans.values() if plan.table)})
+    methods = [m for m in epd.solvers.METHODS.values() if not m.noisy and family in m.families]
+    names = [*(m.name for m in methods), *(f"start table K={k}" for k in DIRECTIONS)]
+    unknown = sorted({*(only or ())} - {*names})
+    if unknown:
+        raise RequestError(f"unknown solver {unknown[0]!r}; choose from {', '.join(names)}")
+    wanted = [m for m in methods if only is None or m.name in {*only, "euler"}]
+    found: list[Attempt | None] = [_method(bench, m.name, n) for m in wanted if m.calls for n in calls]
+    found += [
+        _start_table(bench, k, n) for k in DIRECTIONS if only is None or f"start table K={k}" in only for n in calls
+    ]
+    found += [_table(Path(file).stem, plan) for file, plan in plans.items()]
+    found += [_parallel(bench, m.name, tolerance) for m in wanted if not m.calls for tolerance in TOLERANCES]
+    return [attempt for attempt in found if attempt is not None]
+
+
+def _method(bench: Bench, name: str, calls: int) -> Attempt | None:
+    """A training-free solver with the most steps that fit; None where not even one does."""
+    for steps in range(calls, 0, -1):
+        plan = bench.pipe.plan("", solver="euler", num_inference_steps=steps)
+        solver = epd.solvers.METHODS[name].build(plan.times, bench.flow)
+        if asked(solver) <= calls:
+            return Attempt(name, solver, plan.times, plan.start_scale, plan.end_scale, calls)
+    return None
+
+
+def _start_table(bench: Bench, k: int, calls: int) -> Attempt | None:
+    steps = calls // 2
+    if steps == 0:
+        return None
+    plan = bench.pipe.plan("", solver="epd", k=k, num_inference_steps=steps)
+    return _of_table(f"start table K={k}", "start", plan, calls)
+
+
+def _table(name: str, plan: Any) -> Attempt:
+    return _of_table(name, "table", plan, plan.table.sequential_calls)
+
+
+def _of_table(name: str, kind: str, plan: Any, calls: int) -> Attempt:
+    solver, numbers = epd.solvers.epd(plan.table), json.dumps(plan.table.to_json())
+    return Attempt(name, solver, plan.times, plan.start_scale, plan.end_scale, calls, numbers, kind)
+
+
+def _parallel(bench: Bench, name: str, tolerance: float) -> Attempt:
+    plan = bench.pipe.plan("", solver="euler", num_inference_steps=PARALLEL_STEPS)
+    solver = epd.solvers.METHODS[name].build(plan.times, bench.flow, tolerance=tolerance)
+    told = f"{name} tol {tolerance:g}"
+    return Attempt(told, solver, plan.times, plan.start_scale, plan.end_scale, numbers=str(tolerance), kind="parallel")
+
+
+def asked(solver: Solver) -> int:
+    """Sequential calls of a solver whose requests do not depend on the slopes, found by a dry run."""
+    *_, last = epd.solve(solver, np.zeros((1, 1)), lambda points: np.zeros_like(points.x))
+    return last.calls
+
+
+def references(bench: Bench, steps: int) -> tuple[Attempt, Attempt]:
+    """Two different solvers of about 2 * steps calls each, on even grids over the whole range of trained times."""
+    return _reference(bench, "dpm2", steps), _reference(bench, "dpmpp_2m", 2 * steps)
+
+
+def _reference(bench: Bench, name: str, steps: int) -> Attempt:
+    """The flow grid is fine where the checkpoint's is; DDIM's `leading` steps never start at the first time."""
+    from runtime.slopes import variance_preserving
+
+    plan = bench.pipe.plan("", solver="euler", num_inference_steps=steps)
+    times, scale = plan.times, plan.start_scale
+    if not bench.flow:
+        ends_at_0 = plan.times[-1] == 0
+        even = epd.schedule.discrete(steps - ends_at_0, variance_preserving(bench.pipe.bundle.facts)).tolist()
+        times = (*even, 0.0) if ends_at_0 else tuple(even)
+        scale = float(np.hypot(1, times[0]))
+    end = 1.0 if bench.flow else float(np.hypot(1, times[-1]))
+    solver = epd.solvers.METHODS[name].build(times, bench.flow)
+    return Attempt(f"{name} of {steps} steps", solver, times, scale, end, kind="reference")

@@ -15,7 +15,8 @@ from epd.solve import Solver
 from .bench import Attempt, Bench
 
 DIRECTIONS = (1, 2, 3)  # K of the start tables
-TOLERANCES = (1e-1, 1e-2, 1e-3)  # of the solvers that are parallel in time
+PARALLEL = {"paradigms": epd.parallel.paradigms, "parataa": epd.parallel.parataa}
+TOLERANCES = (1e-1, 1e-2, 1e-3)  # of those
 PARALLEL_STEPS = 28
 
 
@@ -31,20 +32,18 @@ def entrants(bench: Bench, calls: Sequence[int], tables: Sequence[Path], only: S
     from runtime.errors import RequestError
 
     family = bench.pipe.bundle.facts.family
-    plans = {str(file): bench.pipe.plan("", table=file) for file in tables}
-    calls = sorted({*calls, *(plan.table.sequential_calls for plan in plans.values() if plan.table)})
-    methods = [m for m in epd.solvers.METHODS.values() if not m.noisy and family in m.families]
-    names = [*(m.name for m in methods), *(f"start table K={k}" for k in DIRECTIONS)]
-    unknown = sorted({*(only or ())} - {*names})
+    plans: dict[Path, Any] = {file: bench.pipe.plan("", table=file) for file in tables}
+    calls = sorted({*calls, *(plan.table.sequential_calls for plan in plans.values())})
+    methods = [m.name for m in epd.solvers.METHODS.values() if not m.noisy and m.calls and family in m.families]
+    names = [*methods, "epd", *PARALLEL]
+    wanted = {*names} if only is None else {*only, "euler"}
+    unknown = sorted(wanted - {*names})
     if unknown:
         raise RequestError(f"unknown solver {unknown[0]!r}; choose from {', '.join(names)}")
-    wanted = [m for m in methods if only is None or m.name in {*only, "euler"}]
-    found: list[Attempt | None] = [_method(bench, m.name, n) for m in wanted if m.calls for n in calls]
-    found += [
-        _start_table(bench, k, n) for k in DIRECTIONS if only is None or f"start table K={k}" in only for n in calls
-    ]
-    found += [_table(Path(file).stem, plan) for file, plan in plans.items()]
-    found += [_parallel(bench, m.name, tolerance) for m in wanted if not m.calls for tolerance in TOLERANCES]
+    found = [_method(bench, name, n) for name in methods if name in wanted for n in calls]
+    found += [_start_table(bench, k, n) for k in DIRECTIONS if "epd" in wanted for n in calls]
+    found += [_of_table(file.stem, "table", plan, plan.table.sequential_calls) for file, plan in plans.items()]
+    found += [_parallel(bench, name, tolerance) for name in PARALLEL if name in wanted for tolerance in TOLERANCES]
     return [attempt for attempt in found if attempt is not None]
 
 
@@ -66,10 +65,6 @@ def _start_table(bench: Bench, k: int, calls: int) -> Attempt | None:
     return _of_table(f"start table K={k}", "start", plan, calls)
 
 
-def _table(name: str, plan: Any) -> Attempt:
-    return _of_table(name, "table", plan, plan.table.sequential_calls)
-
-
 def _of_table(name: str, kind: str, plan: Any, calls: int) -> Attempt:
     solver, numbers = epd.solvers.epd(plan.table), json.dumps(plan.table.to_json())
     return Attempt(name, solver, plan.times, plan.start_scale, plan.end_scale, calls, numbers, kind)
@@ -77,7 +72,7 @@ def _of_table(name: str, kind: str, plan: Any, calls: int) -> Attempt:
 
 def _parallel(bench: Bench, name: str, tolerance: float) -> Attempt:
     plan = bench.pipe.plan("", solver="euler", num_inference_steps=PARALLEL_STEPS)
-    solver = epd.solvers.METHODS[name].build(plan.times, bench.flow, tolerance=tolerance)
+    solver = PARALLEL[name](plan.times, bench.flow, tolerance=tolerance)
     told = f"{name} tol {tolerance:g}"
     return Attempt(told, solver, plan.times, plan.start_scale, plan.end_scale, numbers=str(tolerance), kind="parallel")
 

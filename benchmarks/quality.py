@@ -129,7 +129,9 @@ def add(commands: Any) -> None:
     command.add_argument("model", metavar="MODEL", help="a bundle folder, or the name of a shipped one")
     command.add_argument("--calls", type=int, nargs="+", default=CALLS, metavar="M", help=f"default {CALLS}")
     command.add_argument("--table", type=Path, nargs="+", default=[], metavar="FILE", help="beside the bundle's own")
-    command.add_argument("--solvers", nargs="+", metavar="NAME", help="only these and euler (default: all)")
+    command.add_argument(
+        "--solvers", nargs="+", metavar="NAME", help="only these and euler; epd: the start tables (default: all)"
+    )
     command.add_argument("--prompts", type=Path, metavar="FILE", help="one a line (default: held-out captions)")
     command.add_argument("--count", type=int, default=64, metavar="B", help="prompts used (default 64)")
     command.add_argument("--guidance-scale", type=float, metavar="G", help="default: the model's own")

@@ -1,6 +1,6 @@
 """Solver maths of the EPD family: tables, time grids, solvers as coroutines, and the driver. numpy only."""
 
-from . import schedule, solvers
+from . import parallel, schedule, solvers
 from .solve import Points, State, Step, solve, together
 from .table import Table, start_table
 
@@ -9,6 +9,7 @@ __all__ = [
     "State",
     "Step",
     "Table",
+    "parallel",
     "schedule",
     "solve",
     "solvers",

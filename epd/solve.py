@@ -4,6 +4,7 @@ Knows nothing of models, devices or particular solvers: a solver is a generator 
 """
 
 from collections.abc import Callable, Generator, Iterator
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -134,22 +135,22 @@ def _concatenated(requests: list[Points]) -> Points:
     shapes = {tuple(request.x.shape[1:]) for request in requests}
     if len(shapes) > 1:
         raise ValueError(f"together needs states of one shape, got {sorted(shapes)}")
-    total, batch = sum(len(request.x) for request in requests), requests[0].x.shape[1]
+    batch = requests[0].x.shape[1]
     per_image = any(request.t.ndim == 2 for request in requests)
-    x = _empty_like(requests[0].x, (total, *requests[0].x.shape[1:]))
-    t = _empty_like(requests[0].t, (total, batch) if per_image else (total,))
-    start = 0
-    for request in requests:
-        stop = start + len(request.x)
-        x[start:stop] = request.x
-        t[start:stop] = request.t[:, None] if per_image and request.t.ndim == 1 else request.t
-        start = stop
-    return Points(x, t)
+    times = [r.t[:, None][:, [0] * batch] if per_image and r.t.ndim == 1 else r.t for r in requests]
+    return Points(joined([request.x for request in requests], 0), joined(times, 0))
 
 
-def _empty_like(a: Array, shape: tuple[int, ...]) -> Array:
-    """An uninitialised array of `a`'s kind, dtype and device."""
-    return np.empty(shape, a.dtype) if isinstance(a, np.ndarray) else a.new_empty(shape)
+def joined(arrays: list[Array], axis: int) -> Array:
+    """The arrays, all of one kind, one after the other along `axis`; gradients pass."""
+    first = arrays[0]
+    if isinstance(first, np.ndarray):
+        return np.concatenate(arrays, axis)
+    sizes = [a.shape[axis] for a in arrays]
+    result = first.new_empty((*first.shape[:axis], sum(sizes), *first.shape[axis + 1 :]))
+    for a, end in zip(arrays, accumulate(sizes), strict=True):
+        result[(slice(None),) * axis + (slice(end - a.shape[axis], end),)] = a
+    return result
 
 
 def _finite(a: Array) -> bool:

@@ -3,10 +3,13 @@
     python -m benchmarks quality MODEL [--calls 4 6 8 ..] [--table FILE ..] [--plot FILE.png]
 
 Every solver gets the most steps that fit a number of sequential calls, on the grid that diffusers gives it for the
-checkpoint (flow matching: Euler and Heun their own, the others `use_flow_sigmas`); a table has its own grid and calls. The error is the PSNR of the decoded pictures (floats in [0, 1])
-to those of a converged reference, which two solvers on a fine grid have to agree on. Solvers that add noise have no
-such reference and are left out. Where the prompts are captions of the closed world, the share of pictures is told that
-show what their caption says.
+checkpoint (flow matching: Euler and Heun their own, the others `use_flow_sigmas`); a table has its own grid and calls.
+The error is the PSNR of the decoded pictures (floats in [0, 1]) to those of a converged reference, which two solvers on
+a fine grid have to agree on. Solvers that add noise have no such reference and are left out. Where the prompts are
+captions of the closed world, the share of pictures is told that show what their caption says.
+
+DDIM's `leading` steps (SD1.5) begin below the first time, which alone bounds the PSNR of all solvers on that grid; the
+references begin at the first time.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ import numpy as np
 
 from .schedule import Floats, decreasing
 from .solve import Array, Coroutine, Points, Solver, State, joined, together
-from .solvers import OneStep, euler_step
+from .solvers.one_step import OneStep, euler_step
 
 RCOND = 1e-10  # of the normal equations: differences this nearly dependent (their squares) are not told apart
 
@@ -148,7 +148,7 @@ def _anderson(memory: int, order: int | None, sizes: list[float]) -> Update:
             m = len(dr)
             gram[:m, :m] += _products(dr, dr) / sizes[j] ** 2  # every state counts in units of its own size
             rhs[:m] += _products(dr, [r])[:, 0] / sizes[j] ** 2
-            weights = np.linalg.lstsq(gram[:m, :m], rhs[:m], rcond=RCOND)[0] if m else []
+            weights = np.linalg.lstsq(gram[:m, :m], rhs[:m], rcond=RCOND)[0] if m else rhs[:0]
             result.append(x + r - sum(c * (a + b) for c, a, b in zip(weights, dx, dr, strict=True)))
         return result
 

@@ -4,6 +4,7 @@ Knows nothing of solvers. Times are noise levels: sigma of x_t = x_0 + sigma n f
 models, the mixing fraction t of x_t = (1 - t) x_0 + t n for flow matching.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -156,6 +157,68 @@ def ddim(
     if final >= sigmas[-1]:
         raise ValueError("DDIM's last step has no length: give steps_offset=1 or set_alpha_to_one=True")
     return _grid(n, np.append(sigmas, final))
+
+
+# Settings of a checkpoint's diffusers scheduler that would change grid or step: the value that does not.
+_NEUTRAL: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+    "sd3": {
+        "use_dynamic_shifting": (False,),
+        "use_karras_sigmas": (False, None),
+        "use_exponential_sigmas": (False, None),
+        "use_beta_sigmas": (False, None),
+        "invert_sigmas": (False,),
+        "stochastic_sampling": (False,),
+        "shift_terminal": (None,),
+    },
+    "sd15": {
+        "use_karras_sigmas": (False, None),
+        "use_exponential_sigmas": (False, None),
+        "use_beta_sigmas": (False, None),
+        "use_flow_sigmas": (False, None),
+        "clip_sample": (False,),
+        "thresholding": (False,),
+        "rescale_betas_zero_snr": (False,),
+        "trained_betas": (None,),
+        "prediction_type": ("epsilon", None),
+    },
+}
+
+
+def check_configuration(family: str, config: Mapping[str, Any]) -> None:
+    """ValueError unless `of_checkpoint` can take the diffusers scheduler configuration `config`."""
+    if family not in _NEUTRAL:
+        raise ValueError(f"family must be one of {', '.join(_NEUTRAL)}, got {family!r}")
+    for key, neutral in _NEUTRAL[family].items():
+        if config.get(key, neutral[0]) not in neutral:
+            raise ValueError(f"the checkpoint's scheduler sets {key} = {config[key]!r}, which is not supported")
+
+
+def vp_of(config: Mapping[str, Any]) -> VP:
+    """The noise schedule of a diffusers scheduler configuration, with diffusers' defaults where it is silent."""
+    return VP(
+        beta_start=config.get("beta_start", 0.0001),
+        beta_end=config.get("beta_end", 0.02),
+        num_train_timesteps=config.get("num_train_timesteps", 1000),
+        beta_schedule=config.get("beta_schedule", "linear"),
+    )
+
+
+def of_checkpoint(n: int, family: str, config: Mapping[str, Any]) -> Floats:
+    """n + 1 decreasing times: the grid of a checkpoint in diffusers, by its scheduler configuration.
+
+    `family` "sd15": that of DDIMScheduler, "sd3": of FlowMatchEulerDiscreteScheduler; final value included. ValueError
+    for another family, a setting that is not supported, or an n that gives no grid.
+    """
+    check_configuration(family, config)
+    if family == "sd3":
+        return flow_euler(n, config.get("shift", 1.0), config.get("num_train_timesteps", 1000))
+    return ddim(
+        n,
+        vp_of(config),
+        spacing=config.get("timestep_spacing", "leading"),
+        steps_offset=config.get("steps_offset", 0),
+        set_alpha_to_one=config.get("set_alpha_to_one", True),
+    )
 
 
 def _even(n: int) -> Floats:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from .. import parallel
 from ..solve import Solver
 from .multistep import deis, dpmpp_2m, dpmpp_3m, ipndm, unipc
 from .noisy import euler_ancestral, lcm
@@ -51,6 +52,16 @@ def _of_order(solver: Callable[[Any, int, bool], Solver], order: int) -> Callabl
     return build
 
 
+def _parallel(name: str) -> Callable[..., Solver]:
+    """`epd.parallel.<name>` over Euler steps, looked up when built: that module is made of these."""
+
+    def build(times: Any, flow: bool = False, **settings: Any) -> Solver:
+        solver: Solver = getattr(parallel, name)(times, flow, **settings)
+        return solver
+
+    return build
+
+
 _DPMPP = "Lu et al. 2022, arXiv 2211.01095"
 _UNIPC = "Zhao et al. 2023, arXiv 2302.04867"
 _DEIS = "Zhang and Chen 2022, arXiv 2204.13902"
@@ -71,7 +82,8 @@ _ALL = (
         "euler_ancestral", euler_ancestral, 1, 1, "Ancestral sampling: Ho et al. 2020, arXiv 2006.11239", noisy=True
     ),
     Method("lcm", lcm, 0, 1, "LCM: Luo et al. 2023, arXiv 2310.04378", families=("sd15", "sd3"), noisy=True),
-    # Methods that run in parallel in time join here, with calls=0.
+    Method("paradigms", _parallel("paradigms"), 1, 0, "ParaDiGMS: Shih et al. 2023, arXiv 2305.16317"),
+    Method("parataa", _parallel("parataa"), 1, 0, "ParaTAA: Tang et al. 2024, arXiv 2402.09970"),
 )
 
 METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ALL})

@@ -34,6 +34,33 @@ def test_optimum_opens_our_bundle_and_draws_the_same(family, tiny_bundles):
 
 
 @pytest.mark.parametrize("family", ["sd3", "sd15"])
+def test_optimum_draws_with_our_solvers_as_schedulers(family, tiny_bundles, tmp_path):
+    from optimum.onnxruntime import ORTStableDiffusion3Pipeline, ORTStableDiffusionPipeline
+
+    import epd
+    from epd.diffusers import EPDScheduler, SolverScheduler
+
+    kind = {"sd3": ORTStableDiffusion3Pipeline, "sd15": ORTStableDiffusionPipeline}[family]
+    times = {"sd3": epd.schedule.flow, "sd15": epd.schedule.discrete}[family](4)
+    table = epd.start_table(times, 2)
+    pipeline, runtime = kind.from_pretrained(tiny_bundles[family]), Pipeline.from_pretrained(tiny_bundles[family])
+    height, width = SIZES[family]
+    for scheduler, asked in (
+        (SolverScheduler.from_config(pipeline.scheduler.config, solver="heun"), {"solver": "heun"}),
+        (EPDScheduler.from_config(pipeline.scheduler.config, table=table), {"table": table}),
+    ):
+        pipeline.scheduler = scheduler
+        pipeline.set_progress_bar_config(disable=True)
+        theirs = by_diffusers(pipeline, PROMPTS, 4, height=height, width=width, **DRAWING)
+        assert theirs.std() > 0.02
+        assert psnr(by_runtime(runtime, PROMPTS, 4, **asked, **DRAWING), theirs) >= 60
+    pipeline.save_pretrained(tmp_path)
+    again = kind.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert np.array_equal(by_diffusers(again, PROMPTS, 4, height=height, width=width, **DRAWING), theirs)
+
+
+@pytest.mark.parametrize("family", ["sd3", "sd15"])
 def test_a_folder_of_optimums_runs_here(family, tiny_checkpoints, tmp_path, caplog):
     folder = tmp_path / "optimum"
     command = [

@@ -213,7 +213,8 @@ def _solve(slopes: list[Array], target: Array, plain: Array, design: Design, lea
     gram = a @ a.T
     pull = design.ridge * np.trace(gram) / len(a)
     missing = a @ (target[:learn].ravel() - plain @ a)
-    return np.asarray(plain + np.linalg.solve(gram + pull * np.eye(len(a)), missing))
+    change, *_ = np.linalg.lstsq(gram + pull * np.eye(len(a)), missing, rcond=None)  # slopes may be collinear
+    return np.asarray(plain + change)
 
 
 def _sum(coefficients: Array, slopes: list[Array]) -> Array:

@@ -107,6 +107,13 @@ class Table:
         return int(np.count_nonzero(self.w)) + self._starts
 
     @property
+    def held_out_psnr(self) -> float | None:
+        """dB by which its held-out pictures agree with converged ones, as `runtime fit` found; None: not measured."""
+        held_out = (self.provenance or {}).get("held_out")
+        psnr = held_out.get("psnr_db") if isinstance(held_out, Mapping) else None
+        return float(psnr) if isinstance(psnr, int | float) else None
+
+    @property
     def _starts(self) -> int:
         return {"call": self.steps, "afs": self.steps - 1, "history": 1}[self.start]
 

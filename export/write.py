@@ -21,10 +21,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from runtime.bundle import FILE, Component, Parity, Stored, Tensor, sha256, write_facts
+from epd import Table
+from epd.catalogue import SHIPPED
+from runtime.bundle import FILE, PROMPTS, TABLES, Component, Parity, Stored, Tensor, sha256, write_facts
 
 from . import ExportError
-from .checkpoint import part_of, read_config
+from .checkpoint import OURS, part_of, read_config
 from .plan import Plan
 from .worker import GRAPH, TRIAL, Job
 
@@ -78,10 +80,26 @@ def write(plan: Plan, target: Path, overwrite: bool, say: Say) -> dict[str, Writ
             written[component] = _write_component(plan, component, at, partial, Path(notes))
             say(_told(component, written[component]))
         facts = replace(
-            plan.facts, components={name: one.component for name, one in written.items()}, exported_by=_tools()
+            plan.facts,
+            components={name: one.component for name, one in written.items()},
+            tables=_tables(plan, partial),
+            exported_by=_tools(),
         )
         write_facts(partial, facts)
     return written
+
+
+def _tables(plan: Plan, folder: Path) -> tuple[str, ...]:
+    """Copies the shipped tables that were fitted to one of our own checkpoints, best first; their paths in the bundle."""
+    if plan.facts.name not in OURS or plan.facts.source.random_weights:
+        return ()
+    tables = {file.name: Table.load(file) for file in sorted(SHIPPED.glob(f"{plan.facts.name}-*.json"))}
+    best = sorted(tables, key=lambda name: tables[name].held_out_psnr or 0.0, reverse=True)
+    if best:
+        (folder / TABLES).mkdir()
+    for name in best:
+        shutil.copyfile(SHIPPED / name, folder / TABLES / name)
+    return tuple(f"{TABLES}/{name}" for name in best)
 
 
 def _told(component: str, one: Written) -> str:
@@ -145,6 +163,8 @@ def write_configurations(plan: Plan, folder: Path) -> None:
         index["requires_safety_checker"] = False
     _write_json(folder / "model_index.json", index)
     shutil.copytree(source / "scheduler", folder / "scheduler")
+    if (source / PROMPTS).is_file():
+        shutil.copyfile(source / PROMPTS, folder / PROMPTS)
     for tokenizer in sorted(source.glob("tokenizer*")):
         if tokenizer.is_dir() and tokenizer.name not in absent:
             shutil.copytree(tokenizer, folder / tokenizer.name)

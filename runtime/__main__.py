@@ -81,6 +81,21 @@ def _parser() -> argparse.ArgumentParser:
     draw.add_argument("-o", "--output", type=Path, metavar="PNG", help="file, or folder (default: MODEL-SEED.png here)")
     draw.add_argument("--json", action="store_true", help="print one object on stdout")
 
+    _add_fit(commands)
+
+    known = commands.add_parser("solvers", help="list what --solver takes")
+    known.set_defaults(run=_solvers)
+    known.add_argument("--json", action="store_true", help="print a list of objects on stdout")
+
+    look = commands.add_parser("inspect", help="show what a bundle holds")
+    look.set_defaults(run=_inspect)
+    look.add_argument("folder", metavar="DIR", nargs="?", help="a bundle (default: shapes-sd3)")
+    look.add_argument("--verify", action="store_true", help="compare the SHA-256 of every file, load every graph")
+    look.add_argument("--json", action="store_true", help="print one object on stdout")
+    return parser
+
+
+def _add_fit(commands: Any) -> None:
     learn = commands.add_parser(
         "fit", help="fit a solver table to a bundle, on this machine, from forward passes alone (minutes)"
     )
@@ -110,17 +125,6 @@ def _parser() -> argparse.ArgumentParser:
     learn.add_argument("-o", "--output", type=Path, metavar="JSON", help="table (default: MODEL-kK-callsM.json here)")
     learn.add_argument("--install", action="store_true", help="make it one of the bundle's tables, too")
     learn.add_argument("--json", action="store_true", help="print one object on stdout")
-
-    known = commands.add_parser("solvers", help="list what --solver takes")
-    known.set_defaults(run=_solvers)
-    known.add_argument("--json", action="store_true", help="print a list of objects on stdout")
-
-    look = commands.add_parser("inspect", help="show what a bundle holds")
-    look.set_defaults(run=_inspect)
-    look.add_argument("folder", metavar="DIR", nargs="?", help="a bundle (default: shapes-sd3)")
-    look.add_argument("--verify", action="store_true", help="compare the SHA-256 of every file, load every graph")
-    look.add_argument("--json", action="store_true", help="print one object on stdout")
-    return parser
 
 
 def _generate(options: argparse.Namespace) -> None:

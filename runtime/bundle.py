@@ -21,6 +21,7 @@ import epd
 from .errors import BundleError as BundleError
 
 FORMAT = 1
+PROMPTS = "prompts.txt"  # of a bundle or checkpoint: what its model is told, to fit tables with
 TABLES = "tables"  # folder of the solver tables that belong to a bundle
 FILE = "bundle.json"
 

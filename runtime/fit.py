@@ -30,7 +30,7 @@ from epd.fit import Design, Trajectories, decibels, fit, search, teach
 from epd.solve import Slope, Solver
 from epd.solvers import METHODS
 
-from .bundle import Facts
+from .bundle import PROMPTS, Facts
 from .errors import NotFiniteError, RequestError
 from .grid import own_grid
 from .noise import randn
@@ -39,7 +39,6 @@ from .png import version
 from .slopes import Slopes, variance_preserving
 
 Array = NDArray[np.float64]
-PROMPTS = "prompts.txt"  # in a bundle: what its model is told; else the file beside this module
 SHIFTS = {"sd3": (2.0, 3.0, 1.5), "sd15": (1.0, 0.6, 1.6)}  # of the grids to try first
 log = logging.getLogger(__name__)
 _BATCH = 1 << 16  # latent entries in one request, at most (one image at least)

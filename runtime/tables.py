@@ -5,7 +5,7 @@ Knows nothing of sessions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -68,11 +68,8 @@ def best_table(bundle: Bundle, calls: int) -> Path:
 
 
 def _rank(table: epd.Table) -> tuple[bool, float, int]:
-    held_out = (table.provenance or {}).get("held_out")
-    psnr = held_out.get("psnr_db") if isinstance(held_out, Mapping) else None
-    if isinstance(psnr, int | float):
-        return True, psnr, -table.total_evaluations
-    return False, table.sequential_calls, -table.total_evaluations
+    psnr = table.held_out_psnr
+    return psnr is not None, table.sequential_calls if psnr is None else psnr, -table.total_evaluations
 
 
 def check_table(facts: Facts, table: epd.Table, what: str, steps: int | None) -> None:

@@ -31,12 +31,13 @@ from tqdm import tqdm
 from transformers import CLIPTokenizer
 
 from . import models, train
-from .captions import HELD_OUT_PAIRS, Scene, held_out_scenes
+from .captions import HELD_OUT_PAIRS, Scene, held_out_scenes, training_scenes
 from .check import check
 from .render import render
 from .train import CHECKPOINTS
 
 CAPTIONS = 500
+PROMPTS, PROMPTS_SEED = 64, 30  # captions of trained kinds, published for fitting solver tables
 TEST_SEED = 1  # of the reported captions; other seeds are for choosing
 
 
@@ -142,6 +143,8 @@ def publish(name: str, work: Path, drawing: Drawing) -> dict[str, float]:
     with safe_open(work / f"{name}.safetensors", "pt") as opened:
         trained = int(opened.metadata()["step"])
     (partial / "shapes.json").write_text(json.dumps(asdict(drawing) | {"trained": trained}) + "\n", encoding="utf-8")
+    prompts = [scene.caption for scene in training_scenes(PROMPTS, PROMPTS_SEED)]
+    (partial / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
     scenes = held_out_scenes(CAPTIONS, TEST_SEED)
     right = accuracy(draw(pipeline, scenes, drawing), scenes)
     (partial / "README.md").write_text(

@@ -1,0 +1,1 @@
+"""What solvers, devices and models are worth, measured: python -m benchmarks quality MODEL."""

@@ -1,0 +1,227 @@
+"""How far from the converged picture each solver ends, for the same calls, prompts and start noise.
+
+    python -m benchmarks quality MODEL [--calls 4 6 8 ..] [--table FILE ..] [--plot FILE.png]
+
+Every solver gets the most steps that fit a number of sequential calls, on the grid that diffusers gives it for the
+checkpoint (flow matching: Euler and Heun their own, the others `use_flow_sigmas`); a table has its own grid and calls.
+The error is the PSNR of the decoded pictures (floats in [0, 1]) to those of a converged reference, which two solvers on
+a fine grid have to agree on. Solvers that add noise have no such reference and are left out. Where the prompts are
+captions of the closed world, the share of pictures is told that show what their caption says.
+
+DDIM's `leading` steps (SD1.5) begin below the first time, which alone bounds the PSNR of all solvers on that grid; the
+references begin at the first time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import epd
+
+from .bench import Attempt, Bench, psnr, shown
+from .entrants import entrants, references
+from .interval import Interval, interval
+
+if TYPE_CHECKING:
+    from shapes.captions import Scene
+
+CALLS = (4, 6, 8, 10, 15, 20, 28)
+SCENES_SEED = 303  # nothing is trained, fitted or chosen by these captions
+CONVERGED_DB = 40.0  # to which two references must agree
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the result."""
+
+    solver: str
+    kind: str
+    calls: int | None  # sequential calls allowed; None: parallel in time
+    steps: int
+    sequential_calls: float  # of one image, in the mean; whole numbers unless parallel in time
+    total_evaluations: float
+    guided_forwards: float
+    psnr_db: Interval
+    over_euler_db: Interval | None  # paired differences of PSNR to Euler within the same calls
+    latent_rmse: float
+    right: float | None  # share of pictures that show their caption; None: not captions of the closed world
+
+
+@dataclass(frozen=True)
+class Quality:
+    """The whole result; `to_json` of it is what --json prints."""
+
+    model: str
+    family: str
+    guidance: float
+    prompts: int
+    references: tuple[str, str]
+    agreement_db: Interval  # between the two references
+    left_out: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure(
+    bench: Bench,
+    attempts: Sequence[Attempt],
+    scenes: Sequence[Scene] | None,
+    reference_steps: int,
+    progress: Callable[[str], None] = lambda name: None,
+) -> Quality:
+    """Runs the references, then every attempt, and compares.
+
+    Parameters
+    ----------
+    scenes : sequence, optional
+        What the prompts say, to be checked in the pictures.
+    progress : callable
+        Told the name of each attempt that is done.
+
+    Raises
+    ------
+    RequestError
+        The references disagree.
+    """
+    from runtime.errors import RequestError
+
+    pair = references(bench, reference_steps)
+    ends = []
+    for attempt in pair:
+        ends.append(bench.run(attempt).latents)
+        progress(attempt.name)
+    truth = bench.pictures(ends[0])
+    agreement = interval(psnr(truth, bench.pictures(ends[1])))
+    if agreement.mean < CONVERGED_DB:
+        raise RequestError(
+            f"no converged reference: {pair[0].name} and {pair[1].name} agree to {agreement.mean:.1f} dB only, "
+            f"{CONVERGED_DB:g} are needed; raise --reference-steps {reference_steps}"
+        )
+    rows, euler = [], {}
+    for attempt in attempts:
+        found = bench.run(attempt)
+        pictures = bench.pictures(found.latents)
+        errors = psnr(truth, pictures)
+        if attempt.name == "euler":
+            euler[attempt.calls] = errors
+        over = None if attempt.calls is None else interval(errors - euler[attempt.calls])
+        rmse = np.sqrt(np.square(found.latents - ends[0], dtype=np.float64).mean((1, 2, 3))).mean()
+        work = (found.sequential_calls, found.total_evaluations, found.guided_forwards)
+        right = None if scenes is None else shown(pictures, scenes)
+        name, kind, steps = attempt.name, attempt.kind, len(attempt.times) - 1
+        rows.append(Row(name, kind, attempt.calls, steps, *work, interval(errors), over, float(rmse), right))
+        progress(attempt.name)
+    facts, noisy = bench.pipe.bundle.facts, tuple(m.name for m in epd.solvers.METHODS.values() if m.noisy)
+    told = (pair[0].name, pair[1].name)
+    return Quality(facts.name, facts.family, bench.guidance, len(truth), told, agreement, noisy, tuple(rows))
+
+
+def add(commands: Any) -> None:
+    """Registers the command with `argparse`'s subparsers."""
+    command = commands.add_parser("quality", help="error of every solver against a converged reference")
+    command.set_defaults(run=_run)
+    command.add_argument("model", metavar="MODEL", help="a bundle folder, or the name of a shipped one")
+    command.add_argument("--calls", type=int, nargs="+", default=CALLS, metavar="M", help=f"default {CALLS}")
+    command.add_argument("--table", type=Path, nargs="+", default=[], metavar="FILE", help="beside the bundle's own")
+    command.add_argument(
+        "--solvers", nargs="+", metavar="NAME", help="only these and euler; epd: the start tables (default: all)"
+    )
+    command.add_argument("--prompts", type=Path, metavar="FILE", help="one a line (default: held-out captions)")
+    command.add_argument("--count", type=int, default=64, metavar="B", help="prompts used (default 64)")
+    command.add_argument("--guidance-scale", type=float, metavar="G", help="default: the model's own")
+    command.add_argument("--reference-steps", type=int, default=80, metavar="N", help="of dpm2 (default 80)")
+    command.add_argument("--batch", type=int, default=16, metavar="B", help="images at once (default 16)")
+    command.add_argument("--work", type=Path, metavar="DIR", help="keep latents here; a run that was stopped goes on")
+    command.add_argument("--provider", default="cpu", metavar="NAME", help="ONNX Runtime execution provider")
+    command.add_argument("--json", action="store_true", help="print one object on stdout in place of the tables")
+    command.add_argument("--csv", type=Path, metavar="FILE", help="write it as CSV, too")
+    command.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables, too")
+    command.add_argument("--plot", type=Path, metavar="PNG", help="draw it (needs matplotlib: the extra `plot`)")
+
+
+def _run(options: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from runtime.pipeline import Pipeline
+
+    from . import report
+
+    _check(options)
+    pipe = Pipeline.from_pretrained(options.model, provider=options.provider)
+    facts = pipe.bundle.facts
+    prompts, scenes = _prompts(options, facts.source.id, pipe.plan("", solver="euler").height)
+    guidance = facts.defaults.guidance if options.guidance_scale is None else options.guidance_scale
+    bench = Bench(pipe, prompts, guidance, options.batch, options.work)
+    tables = [*(pipe.bundle.folder / name for name in facts.tables), *options.table]
+    attempts = entrants(bench, options.calls, tables, options.solvers)
+    with tqdm(total=len(attempts) + 2, unit="run", disable=None, leave=False) as bar:  # None: on a terminal only
+
+        def progress(name: str) -> None:
+            bar.set_postfix_str(name, refresh=False)
+            bar.update(1)
+
+        quality = measure(bench, attempts, scenes, options.reference_steps, progress)
+    if options.csv is not None:
+        _write(options.csv, report.comma_separated(quality))
+    if options.markdown is not None:
+        _write(options.markdown, report.markdown(quality))
+    if options.plot is not None:
+        report.plot(quality, options.plot)
+    print(json.dumps(quality.to_json(), allow_nan=False) if options.json else report.markdown(quality))
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuses what cannot work before anything is run."""
+    from importlib.util import find_spec
+
+    from runtime.errors import RequestError
+
+    if min(*options.calls, options.reference_steps, options.batch) < 1 or options.count < 2:
+        raise RequestError("--calls, --reference-steps and --batch must be 1 or more, --count 2 or more")
+    if options.plot is not None and find_spec("matplotlib") is None:
+        raise RequestError("--plot needs matplotlib; install the extra: pip install 'epd-toolkit[plot]'")
+    for file in (options.csv, options.markdown, options.plot):
+        if file is not None and not file.parent.is_dir():
+            raise RequestError(f"{file}: no such folder; make it first")
+
+
+def _prompts(options: argparse.Namespace, source: str, height: int) -> tuple[list[str], list[Scene] | None]:
+    """The prompts, and what they say where all of them are captions of the closed world (which has 64 x 64 pixels)."""
+    from runtime.errors import RequestError
+    from shapes.captions import held_out_scenes, parse
+    from shapes.render import SIZE
+
+    if options.prompts is None:
+        if not source.startswith("shapes-"):
+            raise RequestError(f"{source} is no model of the closed world; give --prompts FILE, one prompt a line")
+        scenes = held_out_scenes(options.count, SCENES_SEED)
+        return [scene.caption for scene in scenes], scenes
+    try:
+        lines = options.prompts.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise RequestError(f"{options.prompts}: not UTF-8 text") from None
+    prompts = [line.strip() for line in lines if line.strip()][: options.count]
+    if len(prompts) < 2:
+        raise RequestError(f"{options.prompts}: {len(prompts)} prompts; give two or more, one a line")
+    try:
+        return prompts, [parse(prompt) for prompt in prompts] if height == SIZE else None
+    except ValueError:
+        return prompts, None
+
+
+def _write(file: Path, text: str) -> None:
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -44,6 +44,12 @@ class Design:
             raise ValueError(f"a design needs place >= 1, carry >= 0 and ridge >= 0, got {self}")
         if len(self.r) != len(self.times) - 1:
             raise ValueError(f"r must have one row for each of {len(self.times) - 1} intervals, got {len(self.r)}")
+        if (
+            len({len(row) for row in self.r}) != 1
+            or not self.r[0]
+            or not all(0 < r <= 1 for row in self.r for r in row)
+        ):
+            raise ValueError(f"r must be rows of one length with numbers in (0, 1], got {self.r}")
 
     @property
     def directions(self) -> int:
@@ -121,7 +127,7 @@ def fit(design: Design, slope: Slope, teacher: Trajectories, learn: int | None =
         The grids do not begin or end together.
     """
     times = decreasing(design.times)
-    if times[0] != teacher.times[0] or times[-1] != teacher.times[-1]:
+    if not np.allclose(times[[0, -1]], teacher.times[[0, -1]], rtol=1e-9, atol=0):
         raise ValueError(
             f"the grid runs from {times[0]:g} to {times[-1]:g}, the teacher's from {teacher.times[0]:g} to "
             f"{teacher.times[-1]:g}; they must be the same"
@@ -210,15 +216,15 @@ def _ask(slope: Slope, x: Array, t: Floats) -> Array:
 def _solve(slopes: list[Array], target: Array, plain: Array, design: Design, learn: int | None) -> Array:
     """Coefficients of the slopes nearest to the target, pulled towards `plain` ones."""
     a: Array = np.stack([slope[:learn].ravel() for slope in slopes])
-    gram = a @ a.T
+    gram: Array = a @ a.T
     pull = design.ridge * np.trace(gram) / len(a)
-    missing = a @ (target[:learn].ravel() - plain @ a)
-    change, *_ = np.linalg.lstsq(gram + pull * np.eye(len(a)), missing, rcond=None)  # slopes may be collinear
+    missing: Array = a @ (target[:learn].ravel() - plain @ a)
+    change: Array = np.linalg.lstsq(gram + pull * np.eye(len(a)), missing, rcond=None)[0]  # slopes may be collinear
     return np.asarray(plain + change)
 
 
 def _sum(coefficients: Array, slopes: list[Array]) -> Array:
-    return np.asarray(sum(c * slope for c, slope in zip(coefficients, slopes, strict=True)))
+    return np.asarray(sum(c * slope for c, slope in zip(coefficients, slopes, strict=True)), np.float64)
 
 
 def _first(n: int) -> Array:

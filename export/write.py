@@ -90,7 +90,7 @@ def write(plan: Plan, target: Path, overwrite: bool, say: Say) -> dict[str, Writ
 
 
 def _tables(plan: Plan, folder: Path) -> tuple[str, ...]:
-    """Copies the shipped tables that were fitted to one of our own checkpoints, best first; their paths in the bundle."""
+    """Copies the shipped tables fitted to one of our own checkpoints, best first; their paths in the bundle."""
     if plan.facts.name not in OURS or plan.facts.source.random_weights:
         return ()
     tables = {file.name: Table.load(file) for file in sorted(SHIPPED.glob(f"{plan.facts.name}-*.json"))}

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -332,7 +333,7 @@ def fit_bundle(pipe: Pipeline, order: Order, work: Path | None = None) -> tuple[
     log.warning("about %s on this machine (%d rows of the network); a stopped run goes on", _long(seconds), rows)
     with tqdm(total=rows, unit="row", disable=None, leave=False, smoothing=0.05) as bar:
         fitting.ticked = bar.update
-        table, judgement = fitting.run(bar.write)
+        table, judgement = fitting.run(partial(bar.write, file=sys.stderr))
     if work is None:
         shutil.rmtree(folder)
     return table, judgement

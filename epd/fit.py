@@ -228,4 +228,4 @@ def _sum(coefficients: Array, slopes: list[Array]) -> Array:
 
 
 def _first(n: int) -> Array:
-    return np.eye(n)[0]
+    return np.asarray(np.eye(n)[0])

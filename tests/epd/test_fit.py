@@ -95,8 +95,7 @@ def test_it_is_closer_than_training_free_solvers_on_images_it_has_not_seen(slope
     np.testing.assert_allclose(last.x, ends, atol=1e-5)
     ours = decibels(last.x, teacher.x[-1])[learned:].mean()
     for solver in (epd.solvers.euler, epd.solvers.ipndm, epd.solvers.deis):
-        steps = calls if first == 1.0 else calls
-        times = epd.schedule.shifted(steps, 2.0) if first == 1.0 else epd.schedule.polynomial(steps, 0.02, first)
+        times = epd.schedule.shifted(calls, 2.0) if first == 1.0 else epd.schedule.polynomial(calls, 0.02, first)
         *_, other = epd.solve(solver(times), x, slope)
         assert ours > decibels(other.x, teacher.x[-1])[learned:].mean() + 3
 
@@ -140,7 +139,7 @@ def test_a_design_that_cannot_be(change, words):
     + [{"r": r} for r in ((), ((0.5,), (0.5, 1.0)), ((0.5,), (1.5,)), ((0.0,), (0.5,)), ((), ()))],
 )
 def test_a_design_checks_itself(change):
-    with pytest.raises(ValueError, match="needs place|one row for each|rows of one length"):
+    with pytest.raises(ValueError, match=r"needs place|one row for each|rows of one length"):
         replace(Design((3.0, 1.0, 0.1), ((0.5,), (0.5,))), **change)
 
 

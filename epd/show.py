@@ -84,7 +84,7 @@ def plot(table: Table, path: str | os.PathLike[str], name: str) -> None:
     for k in range(table.directions):
         asked = table.w[:, k] != 0
         axes.scatter(points[asked, k], rows[asked], s=10 + 140 * shares[asked, k], label=f"k = {k}", zorder=3)
-    if table.times[-1] > 0:
+    if table.times[0] > 1 and table.times[-1] > 0:  # sigma; flow matching's t is from 0 to 1
         axes.set_xscale("log")
     axes.set(xlabel="t (noise level)", ylabel="interval", yticks=rows, title=name)
     axes.invert_xaxis()

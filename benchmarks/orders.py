@@ -108,4 +108,4 @@ def plot(measured: dict[bool, dict[str, list[float]]], path: Path) -> None:
     panels[0].set_ylabel("root mean square error of the last state")
     lines, labels = panels[0].get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside right center", title="measured order: sigma | flow", fontsize=9)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)

@@ -27,8 +27,8 @@ MARKS = "os^vD"
 
 
 def grid(n: int, flow: bool) -> Any:
-    """n + 1 decreasing times: sigma 1 .. 0.1, dense at the end; in flow 0.95 .. 0.1, evenly spaced."""
-    return np.linspace(0.95, 0.1, n + 1) if flow else epd.schedule.polynomial(n, 0.1, 1.0, 2)
+    """n + 1 decreasing times: sigma 1 .. 0.1, dense at the end; in flow 0.9 .. 0.1, evenly spaced."""
+    return np.linspace(0.9, 0.1, n + 1) if flow else epd.schedule.polynomial(n, 0.1, 1.0, 2)
 
 
 def slope(points: epd.Points, flow: bool) -> Any:
@@ -100,7 +100,7 @@ def plot(measured: dict[bool, dict[str, list[float]]], path: Path) -> None:
         for slope_shown, anchor in ((1, 0.4), (2, 4.0)):
             panel.loglog(COUNTS, [anchor / n**slope_shown for n in COUNTS], color="0.6", linestyle=":", linewidth=1)
             panel.annotate(f"order {slope_shown}", (COUNTS[-1], anchor / COUNTS[-1] ** slope_shown), color="0.4")
-        panel.set_title("flow matching, t = 0.95 to 0.1" if flow else "sigma = 1 to 0.1")
+        panel.set_title("flow matching, t = 0.9 to 0.1" if flow else "sigma = 1 to 0.1")
         panel.set_xlabel("steps N")
         panel.set_xticks(COUNTS, [str(n) for n in COUNTS])
         panel.minorticks_off()
@@ -108,4 +108,4 @@ def plot(measured: dict[bool, dict[str, list[float]]], path: Path) -> None:
     panels[0].set_ylabel("root mean square error of the last state")
     lines, labels = panels[0].get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside right center", title="measured order: sigma | flow", fontsize=9)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)

@@ -1,7 +1,7 @@
 """The coroutines against diffusers' own schedulers: same closed-form network, same grid, same noise.
 
 diffusers keeps its sigmas, and most schedulers their samples and log-SNRs, in float32 whatever the sample's dtype, so
-agreement is asked for to 1e-5 of the sample's scale (the largest value of the trajectory), not to float64's precision.
+agreement is asked for to 1e-5 of the sample's scale (each state's largest value), not to float64's precision.
 """
 
 from itertools import pairwise
@@ -14,7 +14,7 @@ import torch
 import epd
 from tests.epd.oracle import edm_slope, flow_slope
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # theirs, under numpy 2
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # theirs, under numpy 2
 STEPS = (4, 7, 10, 20)
 TOLERANCE = 1e-5
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -59,14 +59,15 @@ def start(times, flow):
 def assert_same(theirs, solver, times, flow):
     """`theirs`: the states they reach, at times[1:]."""
     mine = [step.x for step in epd.solve(solver, start(times, flow), flow_slope if flow else edm_slope)]
-    scale = max(np.abs(state).max() for state in mine)
     assert len(mine) == len(theirs) == len(times) - 1
-    np.testing.assert_allclose(mine, theirs, rtol=0, atol=TOLERANCE * scale)
+    for state, expected in zip(mine, theirs, strict=True):
+        np.testing.assert_allclose(state, expected, rtol=0, atol=TOLERANCE * np.abs(state).max())
 
 
-def compare(scheduler, build, n, kind, **options):
-    """A scheduler with one sigma per timestep, whose last one is where it ends."""
+def compare(scheduler, build, n, kind, float64=False, **options):
+    """A scheduler with one sigma per timestep, whose last one is where it ends; float64: it is given them in that."""
     scheduler.set_timesteps(n)
+    scheduler.sigmas = scheduler.sigmas.double() if float64 else scheduler.sigmas
     times = own_sigmas(scheduler)
     flow = kind == "flow"
     assert_same(list(drive(scheduler, times, start(times, flow), kind, **options)), build(times), times, flow)
@@ -188,8 +189,9 @@ def test_unipc_on_a_grid_that_ends_above_zero(n, lower, order):
 @pytest.mark.parametrize("lower", [True, False])
 @pytest.mark.parametrize("order", [2, 3])
 def test_deis(n, lower, order):
+    """Float32 in their coefficients of order 3 costs 1.5e-5."""
     scheduler = diffusers.DEISMultistepScheduler(**SD15, solver_order=order, lower_order_final=lower)
-    compare(scheduler, lambda times: epd.solvers.deis(times, order, lower_order_final=lower), n, "vp")
+    compare(scheduler, lambda times: epd.solvers.deis(times, order, lower_order_final=lower), n, "vp", order == 3)
 
 
 @pytest.mark.parametrize("n", STEPS)
@@ -197,10 +199,13 @@ def test_deis(n, lower, order):
 def test_deis_with_flow_sigmas(n, order):
     """Their grid repeats its last sigma: a last step of no length, which moves nothing and is left out here.
 
-    It would count as the one of lower order, so lower_order_final is off on both sides.
+    It would count as the one of lower order, so lower_order_final is off on both sides. Their first step, from t =
+    0.9997, multiplies the sample by alpha_next / alpha, hundreds, and takes nearly all of it off again: in float32
+    that costs 1e-4, so the scheduler's sigmas are given to it in float64.
     """
     scheduler = diffusers.DEISMultistepScheduler(**FLOW, solver_order=order, lower_order_final=False)
     scheduler.set_timesteps(n)
+    scheduler.sigmas = scheduler.sigmas.double()
     *times, last = own_sigmas(scheduler)
     assert times[-1] == last
     states = list(drive(scheduler, own_sigmas(scheduler), start(times, True), "flow"))
@@ -236,15 +241,9 @@ def test_lcm(n):
 
 @pytest.mark.parametrize("n", STEPS)
 def test_flow_match_lcm(n):
-    """Their noise is float32, as their samples are."""
-    generator = torch.Generator().manual_seed(4)
-
-    def noise(x):
-        return torch.randn(x.shape, generator=generator, dtype=torch.float32).double().numpy()
-
     compare(
         diffusers.FlowMatchLCMScheduler(shift=3.0),
-        lambda times: epd.solvers.lcm(times, flow=True, noise=noise),
+        lambda times: epd.solvers.lcm(times, flow=True, noise=normals(4)),
         n,
         "flow",
         generator=torch.Generator().manual_seed(4),

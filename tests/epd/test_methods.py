@@ -162,4 +162,4 @@ def test_consistency_sampling_with_an_exact_consistency_function_keeps_the_distr
 def test_lcm_at_network_time_zero_is_the_state_itself():
     times = [float(epd.schedule.SD15.sigma(0)), 0.0]
     *_, last = epd.solve(METHODS["lcm"].build(times, noise=noise), NORMAL, edm_slope)
-    np.testing.assert_allclose(last.x, NORMAL / np.sqrt(1 + times[0] ** 2), rtol=0, atol=1e-15)
+    np.testing.assert_allclose(last.x, NORMAL / np.sqrt(1 + times[0] ** 2), rtol=0, atol=1e-12)

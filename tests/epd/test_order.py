@@ -69,21 +69,29 @@ def test_order(name):
     assert slope == pytest.approx(order, abs=0.15)
 
 
-FULL = {  # with the full order to the end
-    "unipc_2": (lambda times, flow: epd.solvers.unipc(times, 2, flow, lower_order_final=False), 3),
-    "unipc_3": (lambda times, flow: epd.solvers.unipc(times, 3, flow, lower_order_final=False), 3),
-}
 METHODS = {method.name: (method.build, method.order) for method in orders.deterministic()}
-ALL = {**METHODS, **{f"{name}, lower_order_final off": value for name, value in FULL.items()}}
+
+
+def full_unipc(order):
+    return lambda times, flow: epd.solvers.unipc(times, order, flow, lower_order_final=False)
 
 
 @pytest.mark.parametrize("flow", [False, True])
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [*METHODS, "unipc_2, full order at the end"])
 def test_every_training_free_solver_shows_its_declared_order(name, flow):
-    build, declared = ALL[name]
+    build, declared = METHODS[name] if name in METHODS else (full_unipc(2), 3)
     counts = (64, 128, 256)
     found = [orders.error(build, orders.grid(n, flow), flow) for n in counts]
     assert orders.order(found, counts) == pytest.approx(declared, abs=0.15)
+
+
+@pytest.mark.parametrize("flow", [False, True])
+def test_unipc_3_with_full_order_at_the_end_is_of_order_three_at_least(flow):
+    """Its step is of order 4, its start of 3; how soon the start shows depends on the ODE."""
+    counts = (64, 128, 256)
+    found = {q: [orders.error(full_unipc(q), orders.grid(n, flow), flow) for n in counts] for q in (2, 3)}
+    assert orders.order(found[3], counts) > 2.85
+    assert np.less(found[3], np.divide(found[2], 4)).all()
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "euler"])
@@ -98,5 +106,5 @@ def test_from_pure_noise_in_flow_the_order_holds_up_to_a_logarithm(name):
 @pytest.mark.parametrize("flow", [False, True])
 @pytest.mark.parametrize("name", METHODS)
 def test_grid_that_ends_at_zero(name, flow):
-    times = np.append(epd.schedule.flow(80) if flow else epd.schedule.polynomial(80, 0.02, 3.0), 0.0)
-    assert orders.error(METHODS[name][0], times, flow) < (0.1 if METHODS[name][1] == 1 else 0.01)
+    times = np.append(epd.schedule.flow(300) if flow else epd.schedule.polynomial(300, 0.002, 3.0), 0.0)
+    assert orders.error(METHODS[name][0], times, flow) < (0.01 if METHODS[name][1] == 1 else 0.001)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import epd
+from benchmarks import orders
 from tests.epd.oracle import ode_slope, ode_solution
 
 START = np.linspace(-1, 1, 6).reshape(1, 2, 3)
@@ -41,9 +42,6 @@ def adams_bashforth(times):
 
 
 SOLVERS = {
-    "euler": (epd.solvers.euler, 1),
-    "heun": (epd.solvers.heun, 2),
-    "dpm2": (epd.solvers.dpm2, 2),
     "dpm2 r 0.3": (lambda times: epd.solvers.dpm2(times, 0.3), 2),
     "epd start table K=1": (lambda times: epd.solvers.epd(epd.start_table(times, 1)), 2),
     "epd start table K=2": (lambda times: epd.solvers.epd(epd.start_table(times, 2)), 2),
@@ -71,9 +69,42 @@ def test_order(name):
     assert slope == pytest.approx(order, abs=0.15)
 
 
-@pytest.mark.parametrize("name", ["euler", "heun", "dpm2", "epd start table K=2"])
-def test_grid_that_ends_at_zero(name):
-    times = np.append(epd.schedule.polynomial(80, 0.02, 3.0), 0.0)
-    *_, last = epd.solve(SOLVERS[name][0](times), START, ode_slope)
-    assert last.t == 0
-    np.testing.assert_allclose(last.x, ode_solution(START, times[0], 0.0), rtol=0.1 if name == "euler" else 0.01)
+METHODS = {method.name: (method.build, method.order) for method in orders.deterministic()}
+
+
+def full_unipc(order):
+    return lambda times, flow: epd.solvers.unipc(times, order, flow, lower_order_final=False)
+
+
+@pytest.mark.parametrize("flow", [False, True])
+@pytest.mark.parametrize("name", [*METHODS, "unipc_2, full order at the end"])
+def test_every_training_free_solver_shows_its_declared_order(name, flow):
+    build, declared = METHODS[name] if name in METHODS else (full_unipc(2), 3)
+    counts = (64, 128, 256)
+    found = [orders.error(build, orders.grid(n, flow), flow) for n in counts]
+    assert orders.order(found, counts) == pytest.approx(declared, abs=0.15)
+
+
+@pytest.mark.parametrize("flow", [False, True])
+def test_unipc_3_with_full_order_at_the_end_is_of_order_three_at_least(flow):
+    """Its step is of order 4, its start of 3; how soon the start shows depends on the ODE."""
+    counts = (64, 128, 256)
+    found = {q: [orders.error(full_unipc(q), orders.grid(n, flow), flow) for n in counts] for q in (2, 3)}
+    assert orders.order(found[3], counts) > 2.85
+    assert np.less(found[3], np.divide(found[2], 4)).all()
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "euler"])
+def test_from_pure_noise_in_flow_the_order_holds_up_to_a_logarithm(name):
+    """Near t = 1 steps in lambda do not get shorter with more of them: N^-2 log N for the methods in lambda."""
+    build, declared = METHODS[name]
+    counts = (64, 128, 256)
+    found = [orders.error(build, np.linspace(1.0, 0.1, n + 1), True) for n in counts]
+    assert declared - 0.3 < orders.order(found, counts) < declared + 0.15
+
+
+@pytest.mark.parametrize("flow", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_grid_that_ends_at_zero(name, flow):
+    times = np.append(epd.schedule.flow(300) if flow else epd.schedule.polynomial(300, 0.002, 3.0), 0.0)
+    assert orders.error(METHODS[name][0], times, flow) < (0.01 if METHODS[name][1] == 1 else 0.001)

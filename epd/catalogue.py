@@ -182,6 +182,7 @@ def _download(url: str, part: Path, size: int, timeout: float, progress: Progres
             with part.open("ab" if have else "wb") as file:
                 _copy(answer, file, have, size, progress)
     except urllib.error.HTTPError as error:
+        error.close()
         if error.code == 416:  # it ends before what we have
             part.unlink()
             raise ValueError(f"{url}: not the file it was: shorter than {have} bytes; nothing is kept") from error

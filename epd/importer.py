@@ -202,6 +202,8 @@ def _grid(told: Mapping[str, Any], family: str, n: int) -> Floats:
 
 
 def _grid_name(told: Mapping[str, Any]) -> str:
-    names = {"flowmatch": ("flowmatch_mu", "flowmatch_shift"), "logsnr": ()}
     kind = str(told["schedule_type"])
-    return ", ".join([kind, *(f"{name} {told[name]}" for name in names.get(kind, ("schedule_rho",)) if name in told)])
+    if kind == "flowmatch":
+        shift = f"e^{told['flowmatch_mu']}" if "flowmatch_mu" in told else told.get("flowmatch_shift", 3.0)
+        return f"flowmatch, shift {shift}"
+    return kind if kind == "logsnr" else f"{kind}, rho {told.get('schedule_rho', 1.0)}"

@@ -1,6 +1,7 @@
 """What a table is, for a reader: its numbers, where they came from, the work it asks for, a plot of its points."""
 
 import io
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from .table import Table, point_times
 
 WEAK = 0.05  # share of an interval's weight below which a direction hardly counts
 WIDTH = 100  # columns of the text
-STRIP = 25  # columns of one interval's picture in the text
+STRIP = 21  # columns of one interval's picture in the text
 
 
 def describe(table: Table) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def plot(table: Table, path: str | os.PathLike[str], name: str) -> None:
     for k in range(table.directions):
         asked = table.w[:, k] != 0
         axes.scatter(points[asked, k], rows[asked], s=10 + 140 * shares[asked, k], label=f"k = {k}", zorder=3)
-    if table.times[-1] > 0:
+    if table.times[0] > 1 and table.times[-1] > 0:  # sigma; flow matching's t is from 0 to 1
         axes.set_xscale("log")
     axes.set(xlabel="t (noise level)", ylabel="interval", yticks=rows, title=name)
     axes.invert_xaxis()
@@ -118,7 +119,8 @@ def _origin(table: Table) -> list[tuple[str, str]]:
     told = {key: value for key, value in (table.provenance or {}).items() if key != "metadata"}
     if not told:
         return [("from", "not said")]
-    return [("from" if i == 0 else "", f"{key}: {value}") for i, (key, value) in enumerate(told.items())]
+    lines = [f"{key}: {value if isinstance(value, str) else json.dumps(value)}" for key, value in told.items()]
+    return [("from" if i == 0 else "", line) for i, line in enumerate(lines)]
 
 
 def _weak_text(weak: list[dict[str, Any]]) -> str:

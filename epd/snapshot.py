@@ -254,7 +254,10 @@ def _legacy(blob: bytes) -> NDArray[Any]:
 
 
 def _zipped(blob: bytes) -> NDArray[Any]:
-    """A zip, uncompressed, of data.pkl (the object) and data/KEY (its numbers), under a folder of any name."""
+    """A zip, uncompressed, of data.pkl (the object) and data/KEY (its numbers), under a folder of any name.
+
+    zipfile only reads; a file that is damaged, encrypted or incomplete makes it raise any of the errors below.
+    """
     try:
         with zipfile.ZipFile(io.BytesIO(blob)) as archive:
             files = {info.filename.partition("/")[2]: info for info in archive.infolist()}
@@ -265,7 +268,7 @@ def _zipped(blob: bytes) -> NDArray[Any]:
             order = archive.read(files["byteorder"]) if "byteorder" in files else b"little"
             _rule(order == b"little", "a storage that is not little-endian")
             return stored.decode(archive.read(files[f"data/{stored.key}"]))  # type: ignore[no-any-return]
-    except (zipfile.BadZipFile, RuntimeError, EOFError, KeyError) as error:  # broken, encrypted, cut off, incomplete
+    except (zipfile.BadZipFile, RuntimeError, EOFError, KeyError, OverflowError) as error:
         raise ValueError(f"a tensor's storage is a broken zip ({error})") from error
 
 

@@ -30,11 +30,9 @@ def cache(tmp_path, monkeypatch):
 def data(monkeypatch):
     """The bytes of a made-up file that the catalogue lists under the published name."""
     made = snapshot()
-    entry = catalogue.published()[NAME]
-    listed = replace(entry, sha256=hashlib.sha256(made).hexdigest(), bytes=len(made))
-    monkeypatch.setattr(
-        catalogue, "published", lambda: {"sd15": catalogue.published.__wrapped__()["sd15"], NAME: listed}
-    )
+    entries = dict(catalogue.published())
+    entries[NAME] = replace(entries[NAME], sha256=hashlib.sha256(made).hexdigest(), bytes=len(made))
+    monkeypatch.setattr(catalogue, "published", lambda: entries)
     return made
 
 
@@ -67,6 +65,7 @@ def serving(data, *, status=None, ranges=True, stop_after=None, silent=False, te
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = False  # so that closing waits for their sockets
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
@@ -102,9 +101,9 @@ def test_fetch(cache, data):
 
 
 def test_cut_off_then_resumed(cache, data):
-    with serving(data, stop_after=1000) as (base, asked):
-        with pytest.raises(OSError, match=f"cut off after 1000 of {len(data)} bytes|connection broke"):
-            catalogue.fetch(NAME, base)
+    message = f"cut off after 1000 of {len(data)} bytes|connection broke"
+    with serving(data, stop_after=1000) as (base, _), pytest.raises(OSError, match=message):
+        catalogue.fetch(NAME, base)
     assert kept(cache) == [f"{NAME}.pkl.part"]
     with serving(data) as (base, asked):
         catalogue.fetch(NAME, base)
@@ -195,7 +194,7 @@ def test_names(cache, tmp_path, monkeypatch):
         "sd3-medium-1024-distilled",
     ]  # fmt: skip
     for name in ("no-such", "catalogue", "../sd15", "sd15.json", ""):
-        with pytest.raises(ValueError, match="no table .*to fetch: sd15, "):
+        with pytest.raises(ValueError, match=r"no table .*to fetch: sd15, "):
             catalogue.find(name)
     with pytest.raises(ValueError, match="no published table 'no-such'; choose one of sd15, "):
         catalogue.fetch("no-such")

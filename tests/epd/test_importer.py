@@ -124,27 +124,30 @@ EDM = {"backend": "ldm", "dataset_name": "cifar10", "guidance_type": None, "back
 SD15 = {"backend": "ldm", "schedule_type": "discrete"}
 FLUX = {"backend": "flux", "flowmatch_mu": 1.15, "flowmatch_shift": 3.0}
 GRIDS = {
-    "sd15": (SD15, epd.schedule.discrete(3)),
-    "sd3 of another shift": ({"flowmatch_shift": 5.0}, epd.schedule.flow(3, 5.0)),
-    "flux": (FLUX, epd.schedule.flow_dynamic(3, 1.15)),
-    "polynomial": (EDM | {"schedule_type": "polynomial", "schedule_rho": 7}, epd.schedule.polynomial(3)),
+    "discrete, rho 1.0": (SD15, epd.schedule.discrete(3)),
+    "flowmatch, shift 3.0": ({}, epd.schedule.flow(3)),
+    "flowmatch, shift 5.0": ({"flowmatch_shift": 5.0}, epd.schedule.flow(3, 5.0)),
+    "flowmatch, shift e^1.15": (FLUX, epd.schedule.flow_dynamic(3, 1.15)),
+    "polynomial, rho 7": (EDM | {"schedule_type": "polynomial", "schedule_rho": 7}, epd.schedule.polynomial(3)),
     "logsnr": (EDM | {"schedule_type": "logsnr"}, epd.schedule.logsnr(3)),
-    "time_uniform": (EDM | {"schedule_type": "time_uniform"}, epd.schedule.time_uniform(3)),
-    "sigmas of its own": (
-        EDM | {"schedule_type": "logsnr", "sigma_min": 0.01, "sigma_max": 50.0},
-        epd.schedule.logsnr(3, 0.01, 50.0),
-    ),
+    "time_uniform, rho 1.0": (EDM | {"schedule_type": "time_uniform"}, epd.schedule.time_uniform(3)),
 }
 
 
-@pytest.mark.parametrize("case", GRIDS)
-def test_grids(read, case):
-    metadata, times = GRIDS[case]
+@pytest.mark.parametrize("name", GRIDS)
+def test_grids(read, name):
+    metadata, times = GRIDS[name]
     table = read(snapshot(metadata=metadata))
     np.testing.assert_array_equal(table.times, times)
-    assert table.family == {"ldm": "sd15", "sd3": "sd3", "flux": "flux"}[metadata.get("backend", "sd3")] or (
-        table.family == "edm" and table.guidance is None
-    )
+    assert table.grid == name
+    backend, edm = metadata.get("backend", "sd3"), "dataset_name" in metadata
+    assert table.family == ("edm" if edm else "sd15" if backend == "ldm" else backend)
+    assert table.guidance == (None if edm else 4.5)
+
+
+def test_a_grid_with_sigmas_of_its_own(read):
+    table = read(snapshot(metadata=EDM | {"schedule_type": "logsnr", "sigma_min": 0.01, "sigma_max": 50.0}))
+    np.testing.assert_array_equal(table.times, epd.schedule.logsnr(3, 0.01, 50.0))
 
 
 def test_flux_grid_is_that_of_diffusers():
@@ -401,7 +404,7 @@ def test_any_stride_of_an_axis_of_one():
 def test_zip_bomb(tmp_path):
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("a/data.pkl", bytes(10**8))
+        archive.writestr("a/data.pkl", bytes(10**7))
     with pytest.raises(ValueError, match="compressed storage"):
         reader.read(with_blob(buffer.getvalue()))
 
@@ -419,7 +422,7 @@ BOMBS = {
     "billion laughs as a key": b"\x80\x02}q\xff" + laughs(b"(", b"t")[2:] + b"Ns.",
     "billion laughs as metadata": None,
     "many opcodes": b"\x80\x02" + b"N" * 200_000 + b".",
-    "deep tuples": b"\x80\x02)" + b"\x85" * 40_000 + b".",
+    "deep tuples": b"\x80\x02)" + b"\x85" * 20_000 + b".",
     "a far memo index": b"\x80\x02Nr\xff\xff\xff\xff.",
     "an unknown memo index": b"\x80\x02j\xff\xff\xff\xff.",
     "a length of 2^63 - 1": b"\x80\x04\x8d" + struct.pack("<Q", 2**63 - 1) + b"x.",
@@ -465,12 +468,12 @@ def test_damaged_anywhere(read, monkeypatch):
     zipped = snapshot()
     monkeypatch.undo()
     for data in (snapshot(), zipped):
-        for _ in range(150):
+        for _ in range(100):
             damaged = bytearray(data)
             damaged[rng.integers(len(data))] = rng.integers(256)
             try:
                 read(bytes(damaged))
             except ValueError as error:
                 told.append(str(error))
-    assert 0 < len(told) < 300
+    assert 0 < len(told) < 200
     assert "".join(told).isprintable()

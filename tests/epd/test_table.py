@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -72,6 +73,8 @@ BROKEN = {
     "guidance": ({"guidance": float("nan")}, "guidance must be"),
     "guidance word": ({"guidance": "7"}, "guidance must be"),
     "size": ({"size": [512]}, "size must be"),
+    "t5 word": ({"t5": "yes"}, "t5 must be"),
+    "t5 number": ({"t5": 1}, "t5 must be"),
     "size fraction": ({"size": [512, 512.5]}, "size must be"),
     "provenance": ({"provenance": "me"}, "provenance must be"),
     "provenance no JSON": ({"provenance": {"a": object()}}, "provenance must be"),
@@ -135,6 +138,7 @@ def full():
         grid="flow_euler, shift 3",
         guidance=4.5,
         size=(512, 768),
+        t5=True,
         provenance={"seed": 1, "note": "größer"},
     )
 
@@ -146,6 +150,7 @@ def test_a_file_comes_back_exactly(table, tmp_path):
     again = epd.Table.load(path)
     assert again.to_json() == table.to_json()
     assert again.size == table.size
+    assert again.t5 == table.t5
     assert again.provenance == table.provenance
     for name in ("times", "r", "w", "scale_dir", "scale_time", "place", "carry"):
         np.testing.assert_array_equal(getattr(again, name), getattr(table, name))
@@ -220,10 +225,10 @@ def test_start_table():
 
 def test_all_is_sorted_true_and_needs_numpy_only():
     assert epd.__all__ == sorted(epd.__all__)
-    public = {name for name in vars(epd) if not name.startswith("_")}
-    assert (
-        set(epd.__all__) <= public <= set(epd.__all__) | {"table", "diffusers"}
-    )  # modules: one the names come from, one not imported
+    public = {
+        name for name, value in vars(epd).items() if not name.startswith("_") and not isinstance(value, ModuleType)
+    }
+    assert public <= set(epd.__all__) <= set(vars(epd))  # modules imported elsewhere are names of the package, too
     code = "import sys, epd; print(*{'torch', 'diffusers', 'transformers', 'onnxruntime'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == ""

@@ -29,6 +29,7 @@ from .schedule import Floats
 from .solve import Coroutine, Points, Solver, State, solve
 from .table import Table
 
+_OWN = ("table", "solver")  # arguments that one of our schedulers has and the other has not
 _BEYOND = 1.01  # times the largest trained sigma: where a table may start at most, SD1.5
 
 
@@ -51,8 +52,10 @@ class _Scheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         The family is sd3 if the configuration has a `shift`, else sd15. ValueError for settings that are not supported.
         """
         family = config.get("family", "sd3" if "shift" in config else "sd15")
-        known = {name: config[name] for name in inspect.signature(cls.__init__).parameters if name in config}
         schedule.check_configuration(family, config)  # of the settings too that are no arguments here
+        arguments = inspect.signature(cls.__init__).parameters
+        known = {name: config[name] for name in arguments if name in config}  # diffusers leaves out what was a default
+        config = {name: value for name, value in config.items() if name in arguments or name not in _OWN}
         return super().from_config(config, return_unused_kwargs, **{"family": family, **known, **changes})
 
     @abstractmethod

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 import epd
 from epd.diffusers import EPDScheduler, SolverScheduler
@@ -85,8 +85,7 @@ def test_euler_is_the_checkpoints_own_scheduler_and_a_saved_pipeline_loads_again
     pipeline.scheduler = EPDScheduler.from_config(pipeline.scheduler.config, table=table(family))
     pipeline.save_pretrained(tmp_path)
     expected = drawn(pipeline, family)
-    again = DiffusionPipeline.from_pretrained(tmp_path)
-    again.set_progress_bar_config(disable=True)
+    again = diffusers_pipeline(tmp_path, family)
     assert type(again.scheduler) is EPDScheduler
     assert np.array_equal(drawn(again, family), expected)
 
@@ -142,7 +141,7 @@ def test_save_and_load_keep_every_number(family, tmp_path, caplog):
     for scheduler in (first, second):
         scheduler.set_timesteps(5)
     assert torch.equal(first.timesteps, second.timesteps)
-    assert "ignored" not in caplog.text
+    assert "will be ignored" not in caplog.text
 
 
 def test_swapping_back_keeps_the_checkpoints_settings():

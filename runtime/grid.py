@@ -11,13 +11,6 @@ from .bundle import Facts
 from .errors import RequestError
 from .slopes import variance_preserving
 
-_UNSUPPORTED = {  # settings of a scheduler that would change the grid or the step -> value that does not
-    "sd3": {"use_dynamic_shifting": False, "use_karras_sigmas": False, "use_exponential_sigmas": False,
-            "use_beta_sigmas": False, "invert_sigmas": False, "stochastic_sampling": False, "shift_terminal": None},
-    "sd15": {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False,
-             "clip_sample": False, "thresholding": False, "rescale_betas_zero_snr": False, "trained_betas": None},
-}  # fmt: skip
-
 
 def own_grid(facts: Facts, steps: int) -> tuple[float, ...]:
     """The grid that the checkpoint's scheduler has in diffusers, final value included: N + 1 sigmas.
@@ -27,31 +20,15 @@ def own_grid(facts: Facts, steps: int) -> tuple[float, ...]:
     RequestError
         A setting of the scheduler that is not supported, or a number of steps that it does not take.
     """
-    schedule = facts.schedule
-    for key, neutral in _UNSUPPORTED[facts.family].items():
-        if schedule.get(key, neutral) != neutral:
-            raise RequestError(
-                f"{facts.name}: its scheduler sets {key} = {schedule[key]!r}, which is not supported; "
-                "give --table with a grid of its own"
-            )
     train_steps = _train_steps(facts)
     if not 1 <= steps <= train_steps:
         raise RequestError(f"the number of steps must be from 1 to {train_steps}, got {steps}")
-    vp = variance_preserving(facts) if facts.family == "sd15" else None
     try:
-        if vp is None:
-            times = epd.schedule.flow_euler(steps, schedule.get("shift", 1.0), train_steps)
-        else:
-            times = epd.schedule.ddim(
-                steps,
-                vp,
-                spacing=schedule.get("timestep_spacing", "leading"),
-                steps_offset=schedule.get("steps_offset", 0),
-                set_alpha_to_one=schedule.get("set_alpha_to_one", True),
-            )
+        return tuple(epd.schedule.of_checkpoint(steps, facts.family, facts.schedule).tolist())
     except ValueError as error:
-        raise RequestError(f"{facts.name} cannot be drawn in {steps} steps: {error}") from None
-    return tuple(times.tolist())
+        raise RequestError(
+            f"{facts.name} has no grid of {steps} steps: {error}; give --table with a grid of its own"
+        ) from None
 
 
 def published_grid(facts: Facts, steps: int) -> tuple[float, ...]:

@@ -148,13 +148,7 @@ def variance_preserving(facts: Facts) -> epd.schedule.VP:
     BundleError
         A beta schedule that is not known.
     """
-    schedule = facts.schedule
     try:
-        return epd.schedule.VP(
-            beta_start=schedule.get("beta_start", 0.0001),
-            beta_end=schedule.get("beta_end", 0.02),
-            num_train_timesteps=schedule.get("num_train_timesteps", 1000),
-            beta_schedule=schedule.get("beta_schedule", "linear"),
-        )
+        return epd.schedule.vp_of(facts.schedule)
     except ValueError as error:
         raise BundleError(f"{facts.name}: its scheduler is not supported: {error}; give another checkpoint") from None

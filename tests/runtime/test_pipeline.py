@@ -281,7 +281,7 @@ def test_any_size_where_the_bundle_allows_it(tmp_path, family):
 def test_a_scheduler_setting_that_is_not_supported(bundles, tmp_path):
     folder = tiny_bundle.bundle(tmp_path / "b", "sd3")
     tiny_bundle.change(folder, schedule={**tiny_bundle.SD3_SCHEDULE, "use_dynamic_shifting": True})
-    with pytest.raises(RequestError, match="its scheduler sets use_dynamic_shifting = True"):
+    with pytest.raises(RequestError, match="scheduler sets use_dynamic_shifting = True"):
         Pipeline.from_pretrained(folder).plan("red")
 
 
@@ -321,16 +321,16 @@ def test_latents_and_prompts_that_cannot_be(pipe):
 
 
 @pytest.mark.parametrize(
-    ("setting", "error", "words"),
+    ("setting", "words"),
     [
-        ({"beta_schedule": "squaredcos_cap_v2"}, BundleError, "beta_schedule must be"),
-        ({"use_karras_sigmas": True}, RequestError, "use_karras_sigmas = True"),
+        ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule must be"),
+        ({"use_karras_sigmas": True}, "use_karras_sigmas = True"),
     ],
 )
-def test_sd15_schedulers_that_are_not_supported(tmp_path, setting, error, words):
+def test_sd15_schedulers_that_are_not_supported(tmp_path, setting, words):
     folder = tiny_bundle.bundle(tmp_path / "b", "sd15")
     tiny_bundle.change(folder, schedule=tiny_bundle.SD15_SCHEDULE | setting)
-    with pytest.raises(error, match=words):
+    with pytest.raises(RequestError, match=words):
         Pipeline.from_pretrained(folder).plan("red")
 
 

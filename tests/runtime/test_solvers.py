@@ -84,6 +84,7 @@ def test_one_timestep_for_all_rows_draws_the_same(bundles, solver, caplog):
     assert ("run as calls in turn" in caplog.text) == several
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
 @pytest.mark.parametrize(("solver", "scheduler"), [("euler_ancestral", "EulerAncestralDiscrete"), ("lcm", "LCM")])
 def test_the_noise_is_that_of_diffusers(bundles, solver, scheduler):
     """diffusers' own scheduler over the same graph, start and steps from one generator a seed."""

@@ -187,6 +187,11 @@ def _check(options: argparse.Namespace) -> None:
 
     if min(*options.calls, options.reference_steps, options.batch) < 1 or options.count < 2:
         raise RequestError("--calls, --reference-steps and --batch must be 1 or more, --count 2 or more")
+    if options.reference_steps <= max(options.calls):
+        raise RequestError(
+            f"--reference-steps {options.reference_steps} must be above the largest of --calls, {max(options.calls)}: "
+            "references as coarse as what they judge may agree by chance"
+        )
     if options.plot is not None and find_spec("matplotlib") is None:
         raise RequestError("--plot needs matplotlib; install the extra: pip install 'epd-toolkit[plot]'")
     for file in (options.csv, options.markdown, options.plot):

@@ -72,6 +72,7 @@ def test_psnr():
     assert psnr(truth, truth).tolist() == [120, 120]
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
 @pytest.mark.parametrize("n", [1, 4, 11])
 def test_flow_sigmas_are_those_of_diffusers(bundles, n):
     diffusers = pytest.importorskip("diffusers")
@@ -130,10 +131,10 @@ def test_euler_is_zero_over_itself_and_errors_are_finite(bundles, prompts, capsy
 
 
 def test_references_that_disagree_are_refused(bundles, prompts, capsys):
-    command = ["quality", str(bundles["sd3"]), "--prompts", prompts, *SHORT[:-1], "1", "--solvers", "euler"]
+    command = ["quality", str(bundles["sd3"]), "--prompts", prompts, *SHORT[:-1], "6", "--solvers", "euler"]
     assert main(command) == 2
     error = capsys.readouterr().err
-    assert "raise --reference-steps 1" in error
+    assert "raise --reference-steps 6" in error
     assert error.count("\n") == 1
 
 
@@ -144,6 +145,7 @@ def test_references_that_disagree_are_refused(bundles, prompts, capsys):
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
         (["--calls", "0"], "must be 1 or more"),
         (["--count", "1"], "--count 2 or more"),
+        (["--reference-steps", "28"], "must be above the largest of --calls, 28"),
         (["--csv", "nowhere/at/all.csv"], "no such folder"),
     ],
 )

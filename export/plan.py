@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from runtime.bundle import BACKBONE, Defaults, Facts, describe, load_json
+from runtime.bundle import BACKBONE, Defaults, Facts, describe
+from runtime.parse import load_json
 
 from . import ExportError
 from .checkpoint import Checkpoint, read_config

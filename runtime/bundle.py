@@ -10,15 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import types
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import epd
 
 from .errors import BundleError as BundleError
+from .parse import load_json, parse
 
 FORMAT = 1
 PROMPTS = "prompts.txt"  # of a bundle or checkpoint: what its model is told, to fit tables with
@@ -319,7 +319,7 @@ def read_facts(file: Path) -> Facts:
             "export again, or use the version that wrote it"
         )
     content = {key: value for key, value in content.items() if key != "format"}
-    facts: Facts = _parse(Facts, content, file, "")
+    facts: Facts = parse(Facts, content, file)
     for component in facts.components.values():
         for path in [component.graph, *(stored.path for stored in component.files)]:
             _check_inside(file, path)
@@ -363,76 +363,7 @@ def _config(folder: Path, *candidates: str) -> dict[str, Any]:
     raise BundleError(f"{folder}: {candidates[0]} is missing; give a whole diffusers folder")
 
 
-def load_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; BundleError if it holds something else."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BundleError(f"{file}: not valid JSON ({error}); the file is damaged, export or copy it again") from None
-    if not isinstance(content, dict):
-        raise BundleError(
-            f"{file}: holds {type(content).__name__}, not an object; the file is damaged, export or copy it again"
-        )
-    return content
-
-
 def _check_inside(file: Path, path: str) -> None:
     pure = PurePosixPath(path)
     if pure.is_absolute() or ".." in pure.parts or "\\" in path or ":" in path:
         raise BundleError(f"{file}: the path {path!r} leads out of the bundle")
-
-
-def _parse(kind: Any, value: Any, file: Path, where: str) -> Any:
-    """`value`, as read from JSON, as a `kind`: a dataclass, tuple, mapping, union, literal or plain type."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if is_dataclass(kind):
-        return _parse_object(kind, _expect(dict, value, file, where), file, where)
-    if origin is Literal:
-        if value not in arguments:
-            raise _wrong(value, f"one of {', '.join(map(str, arguments))}", file, where)
-        return value
-    if origin in (Union, types.UnionType):
-        return _parse_union(arguments, value, file, where)
-    if origin is tuple:
-        items = _expect(list, value, file, where)
-        return tuple(_parse(arguments[0], item, file, f"{where}[{index}]") for index, item in enumerate(items))
-    if origin is not None:  # Mapping[str, X]
-        items = _expect(dict, value, file, where)
-        return {key: _parse(arguments[1], item, file, f"{where}.{key}") for key, item in items.items()}
-    if kind is float and type(value) is int:
-        return float(value)
-    return value if kind is Any else _expect(kind, value, file, where)
-
-
-def _parse_object(kind: Any, value: dict[str, Any], file: Path, where: str) -> Any:
-    hints = get_type_hints(kind)
-    unknown = set(value) - set(hints)
-    needed = {entry.name for entry in fields(kind) if entry.default is MISSING and entry.default_factory is MISSING}
-    if unknown or needed - set(value):
-        what = f"unknown field {min(unknown)!r}" if unknown else f"missing field {min(needed - set(value))!r}"
-        raise BundleError(f"{file}: {what} in {where or 'the file'}")
-    return kind(
-        **{name: _parse(hints[name], item, file, f"{where}.{name}".lstrip(".")) for name, item in value.items()}
-    )
-
-
-def _parse_union(options: tuple[Any, ...], value: Any, file: Path, where: str) -> Any:
-    if value is None and type(None) in options:
-        return None
-    *others, last = [option for option in options if option is not type(None)]
-    for option in others:
-        try:
-            return _parse(option, value, file, where)
-        except BundleError:
-            continue
-    return _parse(last, value, file, where)
-
-
-def _expect(kind: Any, value: Any, file: Path, where: str) -> Any:
-    if type(value) is not kind:
-        raise _wrong(value, {dict: "an object", list: "a list"}.get(kind, kind.__name__), file, where)
-    return value
-
-
-def _wrong(value: Any, expected: str, file: Path, where: str) -> BundleError:
-    return BundleError(f"{file}: {where or 'content'} is {value!r:.60}, expected {expected}")

@@ -16,8 +16,9 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
-from .bundle import Bundle, load_json
+from .bundle import Bundle
 from .errors import BundleError
+from .parse import load_json
 from .session import Session
 
 Floats = NDArray[Any]  # float32 or float16, as the graph gives them

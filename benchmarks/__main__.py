@@ -1,4 +1,4 @@
-"""python -m benchmarks quality"""
+"""python -m benchmarks quality|orders"""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import logging
 import sys
 
-from . import quality
+from . import orders, quality
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -14,6 +14,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure solvers and models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     quality.add(commands)
+    orders.add(commands)
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     from runtime.errors import RunError

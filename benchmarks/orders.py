@@ -10,6 +10,7 @@ models.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -108,4 +109,9 @@ def plot(measured: dict[bool, dict[str, list[float]]], path: Path) -> None:
     panels[0].set_ylabel("root mean square error of the last state")
     lines, labels = panels[0].get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside right center", title="measured order: sigma | flow", fontsize=9)
-    figure.savefig(path, dpi=90)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        figure.savefig(temporary, dpi=90, format="png")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -404,14 +404,14 @@ def _design(grid: Sequence[float], pattern: Sequence[float]) -> Design:
     rows = [tuple(pattern)] * (len(grid) - 1)
     if grid[-1] == 0:
         rows[-1] = tuple(min(r, _LAST) for r in pattern)
-    return Design(tuple(grid), tuple(rows), place=4, carry=4, ridge=3e-3)
+    return Design(tuple(grid), tuple(rows), place=4, carry=4, ridge=1e-4)
 
 
 def _moves(design: Design) -> Iterator[Design]:
     """Neighbours: more or less memory and ridge, a time moved by a quarter of its interval, a point moved by 0.15."""
-    yield replace(design, ridge=design.ridge / 4)
+    yield replace(design, ridge=design.ridge / 10)
     yield replace(design, carry=design.carry + 2)
-    yield replace(design, ridge=design.ridge * 4)
+    yield replace(design, ridge=design.ridge * 10)
     yield replace(design, place=design.place + 1)
     yield replace(design, place=max(1, design.place - 1))
     yield replace(design, carry=max(0, design.carry - 2))

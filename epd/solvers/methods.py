@@ -11,7 +11,7 @@ from .multistep import deis, dpmpp_2m, dpmpp_3m, ipndm, unipc
 from .noisy import euler_ancestral, lcm
 from .one_step import dpm2, dpmpp_2s, euler, heun
 
-FAMILIES = ("edm", "sd15", "sd3")
+ALL = ("edm", "sd15", "sd3")  # families; flow=True is for the last
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Method:
     build: Callable[..., Solver]  # build(times, flow=False); where noisy build(times, flow=False, *, noise)
     order: int  # that it shows with the start and the end it really uses; 0: it integrates nothing
     calls: int  # sequential calls per step, at most; 0: depends (parallel in time)
+    families: tuple[str, ...]  # of "edm", "sd15", "sd3"
+    noisy: bool  # takes `noise`, see `epd.solvers.noisy`
     source: str  # one line: paper
-    families: tuple[str, ...] = FAMILIES  # of "edm", "sd15", "sd3" (flow=True)
-    noisy: bool = False  # takes `noise`, see `epd.solvers.noisy`
 
 
 def _any_family(solver: Callable[[Any], Solver]) -> Callable[..., Solver]:
@@ -42,7 +42,7 @@ def _ipndm(order: int) -> Method:
     def build(times: Any, flow: bool = False) -> Solver:
         return ipndm(times, order)
 
-    return Method(f"ipndm_{order}", build, min(order, 2), 1, "iPNDM: Zhang and Chen 2022, arXiv 2204.13902")
+    return Method(f"ipndm_{order}", build, min(order, 2), 1, ALL, False, "iPNDM: Zhang and Chen 2022, arXiv 2204.13902")
 
 
 def _of_order(solver: Callable[[Any, int, bool], Solver], order: int) -> Callable[..., Solver]:
@@ -66,24 +66,22 @@ _DPMPP = "Lu et al. 2022, arXiv 2211.01095"
 _UNIPC = "Zhao et al. 2023, arXiv 2302.04867"
 _DEIS = "Zhang and Chen 2022, arXiv 2204.13902"
 
-_ALL = (
-    Method("euler", _any_family(euler), 1, 1, "Euler, DDIM: Song et al. 2020, arXiv 2010.02502"),
-    Method("heun", _any_family(heun), 2, 2, "Heun: Karras et al. 2022, arXiv 2206.00364"),
-    Method("dpm2", _any_family(dpm2), 2, 2, "DPM-Solver-2: Lu et al. 2022, arXiv 2206.00927"),
-    Method("dpmpp_2s", dpmpp_2s, 2, 2, f"DPM-Solver++(2S): {_DPMPP}"),
-    Method("dpmpp_2m", dpmpp_2m, 2, 1, f"DPM-Solver++(2M): {_DPMPP}"),
-    Method("dpmpp_3m", dpmpp_3m, 2, 1, f"DPM-Solver++(3M): {_DPMPP}, as released"),
-    Method("unipc_2", _of_order(unipc, 2), 2, 1, f"UniPC-2: {_UNIPC}"),
-    Method("unipc_3", _of_order(unipc, 3), 2, 1, f"UniPC-3: {_UNIPC}"),
-    Method("deis_2", _of_order(deis, 2), 2, 1, f"DEIS, tAB2 in log rho: {_DEIS}"),
-    Method("deis_3", _of_order(deis, 3), 2, 1, f"DEIS, tAB3 in log rho: {_DEIS}"),
+_METHODS = (
+    Method("euler", _any_family(euler), 1, 1, ALL, False, "Euler, DDIM: Song et al. 2020, arXiv 2010.02502"),
+    Method("heun", _any_family(heun), 2, 2, ALL, False, "Heun: Karras et al. 2022, arXiv 2206.00364"),
+    Method("dpm2", _any_family(dpm2), 2, 2, ALL, False, "DPM-Solver-2: Lu et al. 2022, arXiv 2206.00927"),
+    Method("dpmpp_2s", dpmpp_2s, 2, 2, ALL, False, f"DPM-Solver++(2S): {_DPMPP}"),
+    Method("dpmpp_2m", dpmpp_2m, 2, 1, ALL, False, f"DPM-Solver++(2M): {_DPMPP}"),
+    Method("dpmpp_3m", dpmpp_3m, 2, 1, ALL, False, f"DPM-Solver++(3M): {_DPMPP}, as released"),
+    Method("unipc_2", _of_order(unipc, 2), 2, 1, ALL, False, f"UniPC-2: {_UNIPC}"),
+    Method("unipc_3", _of_order(unipc, 3), 2, 1, ALL, False, f"UniPC-3: {_UNIPC}"),
+    Method("deis_2", _of_order(deis, 2), 2, 1, ALL, False, f"DEIS, tAB2 in log rho: {_DEIS}"),
+    Method("deis_3", _of_order(deis, 3), 2, 1, ALL, False, f"DEIS, tAB3 in log rho: {_DEIS}"),
     *map(_ipndm, (1, 2, 3, 4)),
-    Method(
-        "euler_ancestral", euler_ancestral, 1, 1, "Ancestral sampling: Ho et al. 2020, arXiv 2006.11239", noisy=True
-    ),
-    Method("lcm", lcm, 0, 1, "LCM: Luo et al. 2023, arXiv 2310.04378", families=("sd15", "sd3"), noisy=True),
-    Method("paradigms", _parallel("paradigms"), 1, 0, "ParaDiGMS: Shih et al. 2023, arXiv 2305.16317"),
-    Method("parataa", _parallel("parataa"), 1, 0, "ParaTAA: Tang et al. 2024, arXiv 2402.09970"),
+    Method("euler_ancestral", euler_ancestral, 1, 1, ALL, True, "Ancestral sampling: Ho et al. 2020, arXiv 2006.11239"),
+    Method("lcm", lcm, 0, 1, ("sd15", "sd3"), True, "LCM: Luo et al. 2023, arXiv 2310.04378"),
+    Method("paradigms", _parallel("paradigms"), 1, 0, ALL, False, "ParaDiGMS: Shih et al. 2023, arXiv 2305.16317"),
+    Method("parataa", _parallel("parataa"), 1, 0, ALL, False, "ParaTAA: Tang et al. 2024, arXiv 2402.09970"),
 )
 
-METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ALL})
+METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _METHODS})

@@ -1,5 +1,7 @@
 """Convergence orders on an ODE with a closed-form solution."""
 
+import argparse
+
 import numpy as np
 import pytest
 
@@ -108,3 +110,17 @@ def test_from_pure_noise_in_flow_the_order_holds_up_to_a_logarithm(name):
 def test_grid_that_ends_at_zero(name, flow):
     times = np.append(epd.schedule.flow(300) if flow else epd.schedule.polynomial(300, 0.002, 3.0), 0.0)
     assert orders.error(METHODS[name][0], times, flow) < (0.01 if METHODS[name][1] == 1 else 0.001)
+
+
+def test_the_command_prints_every_method_and_draws_it(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(orders, "errors", lambda method, flow: [n**-method.order for n in orders.COUNTS])
+    parser = argparse.ArgumentParser()
+    orders.add(parser.add_subparsers())
+    options = parser.parse_args(["orders", "--plot", str(tmp_path / "orders.png")])
+    options.run(options)
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split()[0] for line in lines] == list(METHODS)
+    assert all(float(line.split()[1]) == float(line.split()[2]) == float(line.split()[3]) for line in lines)
+    assert [path.name for path in tmp_path.iterdir()] == ["orders.png"]
+    assert (tmp_path / "orders.png").read_bytes().startswith(b"\x89PNG")

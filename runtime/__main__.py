@@ -73,7 +73,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="one of `python -m runtime solvers` (default: epd with the bundle's first table, else the bundle's own)",
     )
-    draw.add_argument("--table", metavar="FILE|NAME", help="solver table for epd: a file, or one that was fetched")
+    draw.add_argument(
+        "--table", metavar="FILE|NAME", help="table for epd: a file, or the name of a shipped or fetched one"
+    )
     draw.add_argument("--calls", type=int, metavar="M", help="the bundle's best table of at most M sequential calls")
     draw.add_argument("-k", type=int, metavar="K", help="directions of epd without a table (default 2)")
     draw.add_argument("--provider", default="cpu", metavar="NAME", help="ONNX Runtime execution provider (default cpu)")

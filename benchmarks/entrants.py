@@ -18,7 +18,6 @@ DIRECTIONS = (1, 2, 3)  # K of the start tables
 PARALLEL = {"paradigms": epd.parallel.paradigms, "parataa": epd.parallel.parataa}
 TOLERANCES = (1e-1, 1e-2, 1e-3)  # of those
 PARALLEL_STEPS = 28
-OWN_GRID = ("euler", "heun")  # have a flow-matching scheduler in diffusers; the others run on `flow_sigmas` there
 
 
 def entrants(bench: Bench, calls: Sequence[int], tables: Sequence[Path], only: Sequence[str] | None) -> list[Attempt]:
@@ -51,23 +50,11 @@ def entrants(bench: Bench, calls: Sequence[int], tables: Sequence[Path], only: S
 def _method(bench: Bench, name: str, calls: int) -> Attempt | None:
     """A training-free solver with the most steps that fit; None where not even one does."""
     for steps in range(calls, 0, -1):
-        plan = bench.pipe.plan("", solver="euler", num_inference_steps=steps)
-        times = plan.times if name in OWN_GRID or not bench.flow else flow_sigmas(bench, steps)
-        solver = epd.solvers.METHODS[name].build(times, bench.flow)
+        plan = bench.pipe.plan("", solver=name, num_inference_steps=steps)
+        solver = epd.solvers.METHODS[name].build(plan.times, bench.flow)
         if asked(solver) <= calls:
-            return Attempt(name, solver, times, plan.start_scale, plan.end_scale, calls)
+            return Attempt(name, solver, plan.times, plan.start_scale, plan.end_scale, calls)
     return None
-
-
-def flow_sigmas(bench: Bench, steps: int) -> tuple[float, ...]:
-    """The N + 1 times of diffusers' schedulers with `use_flow_sigmas` (DPM-Solver, UniPC, DEIS): even to 0, shifted.
-
-    The checkpoint's own flow grid has a last node close to 0, before which multistep methods extrapolate far.
-    """
-    schedule = bench.pipe.bundle.facts.schedule
-    even = np.linspace(1 - 1 / schedule.get("num_train_timesteps", 1000), 0, steps + 1)
-    shift = schedule.get("shift", 1.0)
-    return tuple((shift * even / (1 + (shift - 1) * even)).tolist())
 
 
 def _start_table(bench: Bench, k: int, calls: int) -> Attempt | None:

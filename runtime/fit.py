@@ -273,8 +273,8 @@ class Fitting:
         others: dict[str, float] = {}
         for name in _methods(facts):
             steps = self.order.calls // METHODS[name].calls
-            own, even = own_grid(facts, steps), self._curve(steps, SHIFTS[facts.family][0])
-            grids = [(own, own[0] if flow else math.hypot(1, own[0])), (even, first)]
+            own, even = own_grid(facts, steps, name), self._curve(steps, SHIFTS[facts.family][0])
+            grids = [(own, 1.0 if flow else math.hypot(1, own[0])), (even, first)]
             drawings = [drawn(METHODS[name].build(grid, flow), grid, scale)[1] for grid, scale in grids]
             others[name] = max(float(_psnr(drawing, picture).mean()) for drawing in drawings)
         fine = self._curve(self.order.teacher_calls, SHIFTS[facts.family][0])

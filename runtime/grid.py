@@ -12,8 +12,8 @@ from .errors import RequestError
 from .slopes import variance_preserving
 
 
-def own_grid(facts: Facts, steps: int) -> tuple[float, ...]:
-    """The grid that the checkpoint's scheduler has in diffusers, final value included: N + 1 sigmas.
+def own_grid(facts: Facts, steps: int, solver: str = "euler") -> tuple[float, ...]:
+    """The grid that a solver has in diffusers with the checkpoint's scheduler, final value included: N + 1 sigmas.
 
     Raises
     ------
@@ -24,7 +24,7 @@ def own_grid(facts: Facts, steps: int) -> tuple[float, ...]:
     if not 1 <= steps <= train_steps:
         raise RequestError(f"the number of steps must be from 1 to {train_steps}, got {steps}")
     try:
-        return tuple(epd.schedule.of_checkpoint(steps, facts.family, facts.schedule).tolist())
+        return tuple(epd.schedule.of_checkpoint(steps, facts.family, facts.schedule, solver).tolist())
     except ValueError as error:
         raise RequestError(
             f"{facts.name} has no grid of {steps} steps: {error}; give --table with a grid of its own"

@@ -112,7 +112,7 @@ def make_plan(
         times = tuple(chosen.times.tolist())
     else:
         steps = facts.defaults.steps if num_inference_steps is None else num_inference_steps
-        times = own_grid(facts, steps)
+        times = own_grid(facts, steps, name)
         if name != "epd" and METHODS[name].noisy:
             times = (*times[:-1], 0.0)  # as diffusers' do: new noise left at the end would be seen
         if name == "epd":
@@ -138,7 +138,7 @@ def make_plan(
         times=times,
         latent_shape=(facts.latent.channels, height // factor, width // factor),
         # DDIM starts from unit variance at abar < 1; published tables start, as their authors do, from sigma itself.
-        start_scale=math.hypot(1, times[0]) if ours and not flow else times[0],
+        start_scale=1.0 if flow else math.hypot(1, times[0]) if ours else times[0],
         end_scale=1.0 if flow else math.hypot(1, times[-1]),
         flow=flow,
         guidance_interval=interval,

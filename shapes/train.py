@@ -4,7 +4,7 @@
     python -m shapes.train sd3                   shapes-sd3: flow matching, SD3's objective
     python -m shapes.train sd15                  shapes-sd15: epsilon prediction, SD1.5's objective
 
-    python -m shapes.train sd3 --steps 9000 --published
+    python -m shapes.train sd3 --steps 13000 --published
                                                  trains the published weights on, where no checkpoint is left
 
 Every run resumes from its last checkpoint (weights, running average and optimiser state, written every two minutes) and
@@ -24,7 +24,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -53,15 +53,16 @@ Loss = Callable[[int], Tensor]  # step number -> scalar loss
 
 @dataclass(frozen=True)
 class Recipe:
-    steps: int
+    steps: int  # learning rate: a warm-up and a cosine down to 1 %
     batch: int
     learning_rate: float
     average: float  # decay of the running average of the weights
+    second: int = 0  # step at which a second warm-up and cosine begin, of half the learning rate; 0: none
 
 
 RECIPES = {
     "vae": Recipe(steps=4000, batch=32, learning_rate=2e-3, average=0.995),
-    "sd3": Recipe(steps=6000, batch=64, learning_rate=1e-3, average=0.999),
+    "sd3": Recipe(steps=11500, batch=64, learning_rate=1e-3, average=0.999, second=9000),
     "sd15": Recipe(steps=5000, batch=32, learning_rate=1e-3, average=0.998),
 }
 
@@ -135,7 +136,7 @@ def train(name: str, model: nn.Module, loss: Loss, recipe: Recipe, work: Path) -
     saved, recent = time.monotonic(), []
     for step in (bar := tqdm(range(first, recipe.steps), initial=first, total=recipe.steps, desc=name, mininterval=5)):
         for group in optimiser.param_groups:
-            group["lr"] = recipe.learning_rate * _rate(step, recipe.steps)
+            group["lr"] = recipe.learning_rate * _rate(step, recipe)
         with torch.autocast("cpu", torch.bfloat16):
             value = loss(step)
         optimiser.zero_grad(set_to_none=True)
@@ -153,8 +154,13 @@ def train(name: str, model: nn.Module, loss: Loss, recipe: Recipe, work: Path) -
             saved = time.monotonic()
 
 
-def _rate(step: int, steps: int) -> float:
-    return min(1.0, (step + 1) / 200) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+def _rate(step: int, recipe: Recipe) -> float:
+    """Factor of the learning rate."""
+    again = 0 < recipe.second <= step
+    first, last = (recipe.second, recipe.steps) if again else (0, recipe.second or recipe.steps)
+    done = (step - first) / (last - first)
+    warm = min(1.0, (step - first + 1) / 200)
+    return (0.5 if again else 1.0) * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def _checkpoint(
@@ -231,13 +237,22 @@ def sd3_conditioning(first: nn.Module, second: nn.Module, ids: Tensor) -> tuple[
 
 
 def sd3_loss(modules: nn.ModuleDict, texts: Texts, work: Path, recipe: Recipe) -> Loss:
-    """Flow matching: the velocity noise - x0 at logit-normal times, shifted."""
+    """Flow matching: the velocity noise - x0 at logit-normal times, shifted.
+
+    In the second stage three of four pictures show a single thing, and latents of a thing weigh four times those of the
+    background: what is left to learn then is the outline of small things.
+    """
     mean, std = latent_statistics(work)
     data = (latents(work).float() - mean) / std
+    single = torch.tensor([i for i, scene in enumerate(training_scenes(PICTURES, DATA_SEED)) if not scene.relation])
 
     def loss(step: int) -> Tensor:
         dice = torch.Generator().manual_seed(step)
+        second = step >= recipe.second
         rows = torch.randint(len(data), (recipe.batch,), generator=dice)
+        if second:
+            alone = single[torch.randint(len(single), (recipe.batch,), generator=dice)]
+            rows = torch.where(torch.arange(recipe.batch) % 4 == 0, rows, alone)
         clean, noise = data[rows], torch.randn((recipe.batch, *data.shape[1:]), generator=dice)
         uniform = torch.sigmoid(torch.randn(recipe.batch, generator=dice))
         shift = torch.where(torch.arange(recipe.batch) % 2 == 0, SHIFT, 1.0 if step >= OUTLINES else SHIFT)
@@ -247,9 +262,16 @@ def sd3_loss(modules: nn.ModuleDict, texts: Texts, work: Path, recipe: Recipe) -
         velocity = modules["transformer"](
             (1 - mix) * clean + mix * noise, encoder_hidden_states=tokens, pooled_projections=pooled, timestep=1000 * t
         ).sample
-        return (velocity.float() - (noise - clean)).square().mean()
+        weight = 1 + 3 * _thing(clean) if second else 1.0
+        return (weight * (velocity.float() - (noise - clean)).square()).mean()
 
     return loss
+
+
+def _thing(clean: Tensor) -> Tensor:
+    """1.0 where latents (B, C, h, w) differ from their picture's background, (B, 1, h, w)."""
+    background = clean.flatten(2).median(2).values[..., None, None]
+    return ((clean - background).norm(dim=1, keepdim=True) > 1).float()
 
 
 def sd15_modules(tokenizer: CLIPTokenizer) -> nn.ModuleDict:
@@ -304,7 +326,7 @@ def run(name: str, work: Path, steps: int | None) -> None:
     work.mkdir(parents=True, exist_ok=True)
     recipe = RECIPES[name]
     if steps:
-        recipe = Recipe(steps, recipe.batch, recipe.learning_rate, recipe.average)
+        recipe = replace(recipe, steps=steps)
     if name == "vae":
         autoencoder = models.vae()
         train(name, autoencoder, vae_loss(autoencoder, work, recipe), recipe, work)

@@ -12,7 +12,7 @@ import pytest
 import epd
 from benchmarks.__main__ import main
 from benchmarks.bench import Bench, psnr
-from benchmarks.entrants import asked, entrants, flow_sigmas
+from benchmarks.entrants import asked, entrants
 from benchmarks.report import COLUMNS
 from runtime.pipeline import Pipeline
 
@@ -70,18 +70,6 @@ def test_psnr():
     truth = np.random.default_rng(0).random((2, 4, 4, 3)).astype(np.float32)
     assert psnr(truth, truth + np.float32(0.1)) == pytest.approx([20, 20], abs=1e-4)
     assert psnr(truth, truth).tolist() == [120, 120]
-
-
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
-@pytest.mark.parametrize("n", [1, 4, 11])
-def test_flow_sigmas_are_those_of_diffusers(bundles, n):
-    diffusers = pytest.importorskip("diffusers")
-    bench = Bench(Pipeline.from_pretrained(bundles["sd3"]), ["red", "blue"], 4.0, 2)
-    scheduler = diffusers.DPMSolverMultistepScheduler(
-        use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"
-    )
-    scheduler.set_timesteps(n)
-    np.testing.assert_allclose(flow_sigmas(bench, n), scheduler.sigmas.numpy(), atol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["sd3", "sd15"])

@@ -127,3 +127,35 @@ def test_vp_betas_are_diffusers(kind):
 def test_errors_name_the_rule(broken, message):
     with pytest.raises(ValueError, match=message):
         broken()
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
+@pytest.mark.parametrize("n", [1, 4, 11])
+def test_flow_even_is_diffusers_use_flow_sigmas(n):
+    diffusers = pytest.importorskip("diffusers")
+    flow = {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}
+    for kind in (diffusers.DPMSolverMultistepScheduler, diffusers.UniPCMultistepScheduler):
+        scheduler = kind(**flow)
+        scheduler.set_timesteps(n)
+        np.testing.assert_allclose(schedule.flow_even(n), scheduler.sigmas.numpy(), atol=1e-6)
+
+
+def test_solvers_on_even_grids_are_solvers():
+    import epd
+
+    assert set(epd.solvers.METHODS) >= schedule.EVEN
+    config = {"shift": 2.0}
+    assert schedule.of_checkpoint(4, "sd3", config, "unipc_2").tolist() == schedule.flow_even(4, 2.0).tolist()
+    assert schedule.of_checkpoint(4, "sd3", config, "euler").tolist() == schedule.flow_euler(4, 2.0).tolist()
+
+
+@pytest.mark.parametrize("vp", [None, schedule.SD15])
+def test_shifted_runs_over_the_whole_range(vp):
+    even, early, late = (schedule.shifted(6, shift, vp) for shift in (1.0, 3.0, 0.4))
+    first, last = (1.0, 0.0) if vp is None else (vp.sigma(999), vp.sigma(0))
+    for grid in (even, early, late):
+        assert (grid[0], grid[-1]) == pytest.approx((first, last), rel=1e-12)
+    assert (early[1:-1] > even[1:-1]).all()
+    assert (late[1:-1] < even[1:-1]).all()
+    with pytest.raises(ValueError, match="shift must be > 0"):
+        schedule.shifted(6, 0.0, vp)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import numpy as np
 
 import epd
 from epd.solve import Solver
+
+from runtime.slopes import variance_preserving
 
 from .bench import Attempt, Bench
 
@@ -41,19 +44,28 @@ def entrants(bench: Bench, calls: Sequence[int], tables: Sequence[Path], only: S
     if unknown:
         raise RequestError(f"unknown solver {unknown[0]!r}; choose from {', '.join(names)}")
     found = [_method(bench, name, n) for name in methods if name in wanted for n in calls]
+    if not bench.flow:
+        found += [_method(bench, name, n, even=True) for name in methods if name in wanted for n in calls]
     found += [_start_table(bench, k, n) for k in DIRECTIONS if "epd" in wanted for n in calls]
     found += [_of_table(file.stem, "table", plan, plan.table.sequential_calls) for file, plan in plans.items()]
     found += [_parallel(bench, name, tolerance) for name in PARALLEL if name in wanted for tolerance in TOLERANCES]
     return [attempt for attempt in found if attempt is not None]
 
 
-def _method(bench: Bench, name: str, calls: int) -> Attempt | None:
-    """A training-free solver with the most steps that fit; None where not even one does."""
+def _method(bench: Bench, name: str, calls: int, even: bool = False) -> Attempt | None:
+    """A training-free solver with the most steps that fit; None where not even one does.
+
+    `even` (SD1.5): network times evenly from the last to the first, instead of the checkpoint's `leading` ones.
+    """
     for steps in range(calls, 0, -1):
         plan = bench.pipe.plan("", solver=name, num_inference_steps=steps)
-        solver = epd.solvers.METHODS[name].build(plan.times, bench.flow)
+        times, scale, end = plan.times, plan.start_scale, plan.end_scale
+        if even:
+            times = tuple(epd.schedule.shifted(steps, 1.0, variance_preserving(bench.pipe.bundle.facts)).tolist())
+            scale, end = math.hypot(1, times[0]), math.hypot(1, times[-1])
+        solver = epd.solvers.METHODS[name].build(times, bench.flow)
         if asked(solver) <= calls:
-            return Attempt(name, solver, plan.times, plan.start_scale, plan.end_scale, calls)
+            return Attempt(f"{name} even" if even else name, solver, times, scale, end, calls)
     return None
 
 
@@ -90,15 +102,13 @@ def references(bench: Bench, steps: int) -> tuple[Attempt, Attempt]:
 
 def _reference(bench: Bench, name: str, steps: int) -> Attempt:
     """The flow grid is fine where the checkpoint's is; DDIM's `leading` steps never start at the first time."""
-    from runtime.slopes import variance_preserving
-
     plan = bench.pipe.plan("", solver="euler", num_inference_steps=steps)
     times, scale = plan.times, plan.start_scale
     if not bench.flow:
         ends_at_0 = plan.times[-1] == 0
         even = epd.schedule.discrete(steps - ends_at_0, variance_preserving(bench.pipe.bundle.facts)).tolist()
         times = (*even, 0.0) if ends_at_0 else tuple(even)
-        scale = float(np.hypot(1, times[0]))
-    end = 1.0 if bench.flow else float(np.hypot(1, times[-1]))
+        scale = math.hypot(1, times[0])
+    end = 1.0 if bench.flow else math.hypot(1, times[-1])
     solver = epd.solvers.METHODS[name].build(times, bench.flow)
     return Attempt(f"{name} of {steps} steps", solver, times, scale, end, kind="reference")

@@ -12,7 +12,6 @@ import numpy as np
 
 import epd
 from epd.solve import Solver
-
 from runtime.slopes import variance_preserving
 
 from .bench import Attempt, Bench

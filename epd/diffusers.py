@@ -258,7 +258,7 @@ class SolverScheduler(_Scheduler):
     def _plan(self, num_inference_steps: int | None) -> tuple[Floats, Solver, float]:
         if num_inference_steps is None:
             raise ValueError("give num_inference_steps")
-        times = schedule.of_checkpoint(num_inference_steps, self.config.family, self.config, self._method.name)
+        times = schedule.of_checkpoint(num_inference_steps, self.config.family, self.config, self._method.even)
         extra = {"noise": self._noise} if self._method.noisy else {}
         return times, self._method.build(times, self._flow, **extra), math.hypot(1, times[0])
 

@@ -93,11 +93,6 @@ class VP:
 
 SD15 = VP()
 
-# Solvers on `flow_even` in flow matching: by their differential equation in log sigma, or of several steps.
-EVEN = frozenset(
-    "dpm2 dpmpp_2s dpmpp_2m dpmpp_3m unipc_2 unipc_3 deis_2 deis_3 ipndm_1 ipndm_2 ipndm_3 ipndm_4".split()
-)
-
 
 def discrete(n: int, vp: VP = SD15, rho: float = 1.0, eps_s: float = 1e-3) -> Floats:
     """n + 1 decreasing times: sigma at u from 1 to eps_s, evenly spaced in u^(1/rho); network time = steps * u - 1.
@@ -242,16 +237,16 @@ def vp_of(config: Mapping[str, Any]) -> VP:
     )
 
 
-def of_checkpoint(n: int, family: str, config: Mapping[str, Any], solver: str = "euler") -> Floats:
+def of_checkpoint(n: int, family: str, config: Mapping[str, Any], even: bool = False) -> Floats:
     """n + 1 decreasing times: the grid of a checkpoint in diffusers, by its scheduler configuration.
 
-    `family` "sd15": that of DDIMScheduler; "sd3": of FlowMatchEulerDiscreteScheduler, or `flow_even` for the solvers
-    (by name) that diffusers runs there with use_flow_sigmas. Final value included. ValueError for another family, a
-    setting that is not supported, or an n that gives no grid.
+    `family` "sd15": that of DDIMScheduler; "sd3": of FlowMatchEulerDiscreteScheduler, or if `even` that of the solvers
+    which diffusers runs there with use_flow_sigmas (`flow_even`). Final value included. ValueError for another family,
+    a setting that is not supported, or an n that gives no grid.
     """
     check_configuration(family, config)
     if family == "sd3":
-        grid = flow_even if solver in EVEN else flow_euler
+        grid = flow_even if even else flow_euler
         return grid(n, config.get("shift", 1.0), config.get("num_train_timesteps", 1000))
     return ddim(
         n,

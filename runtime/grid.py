@@ -23,8 +23,9 @@ def own_grid(facts: Facts, steps: int, solver: str = "euler") -> tuple[float, ..
     train_steps = _train_steps(facts)
     if not 1 <= steps <= train_steps:
         raise RequestError(f"the number of steps must be from 1 to {train_steps}, got {steps}")
+    even = solver != "epd" and epd.solvers.METHODS[solver].even
     try:
-        return tuple(epd.schedule.of_checkpoint(steps, facts.family, facts.schedule, solver).tolist())
+        return tuple(epd.schedule.of_checkpoint(steps, facts.family, facts.schedule, even).tolist())
     except ValueError as error:
         raise RequestError(
             f"{facts.name} has no grid of {steps} steps: {error}; give --table with a grid of its own"

@@ -25,6 +25,7 @@ class Method:
     families: tuple[str, ...]  # of "edm", "sd15", "sd3"
     noisy: bool  # takes `noise`, see `epd.solvers.noisy`
     source: str  # one line: paper
+    even: bool = True  # flow matching: on `schedule.flow_even`; False: on `flow_euler`, as diffusers' flow schedulers
 
 
 def _any_family(solver: Callable[[Any], Solver]) -> Callable[..., Solver]:
@@ -67,8 +68,10 @@ _UNIPC = "Zhao et al. 2023, arXiv 2302.04867"
 _DEIS = "Zhang and Chen 2022, arXiv 2204.13902"
 
 _METHODS = (
-    Method("euler", _any_family(euler), 1, 1, ALL, False, "Euler, DDIM: Song et al. 2020, arXiv 2010.02502"),
-    Method("heun", _any_family(heun), 2, 2, ALL, False, "Heun: Karras et al. 2022, arXiv 2206.00364"),
+    Method(
+        "euler", _any_family(euler), 1, 1, ALL, False, "Euler, DDIM: Song et al. 2020, arXiv 2010.02502", even=False
+    ),
+    Method("heun", _any_family(heun), 2, 2, ALL, False, "Heun: Karras et al. 2022, arXiv 2206.00364", even=False),
     Method("dpm2", _any_family(dpm2), 2, 2, ALL, False, "DPM-Solver-2: Lu et al. 2022, arXiv 2206.00927"),
     Method("dpmpp_2s", dpmpp_2s, 2, 2, ALL, False, f"DPM-Solver++(2S): {_DPMPP}"),
     Method("dpmpp_2m", dpmpp_2m, 2, 1, ALL, False, f"DPM-Solver++(2M): {_DPMPP}"),
@@ -78,10 +81,30 @@ _METHODS = (
     Method("deis_2", _of_order(deis, 2), 2, 1, ALL, False, f"DEIS, tAB2 in log rho: {_DEIS}"),
     Method("deis_3", _of_order(deis, 3), 2, 1, ALL, False, f"DEIS, tAB3 in log rho: {_DEIS}"),
     *map(_ipndm, (1, 2, 3, 4)),
-    Method("euler_ancestral", euler_ancestral, 1, 1, ALL, True, "Ancestral sampling: Ho et al. 2020, arXiv 2006.11239"),
-    Method("lcm", lcm, 0, 1, ("sd15", "sd3"), True, "LCM: Luo et al. 2023, arXiv 2310.04378"),
-    Method("paradigms", _parallel("paradigms"), 1, 0, ALL, False, "ParaDiGMS: Shih et al. 2023, arXiv 2305.16317"),
-    Method("parataa", _parallel("parataa"), 1, 0, ALL, False, "ParaTAA: Tang et al. 2024, arXiv 2402.09970"),
+    Method(
+        "euler_ancestral",
+        euler_ancestral,
+        1,
+        1,
+        ALL,
+        True,
+        "Ancestral sampling: Ho et al. 2020, arXiv 2006.11239",
+        even=False,
+    ),
+    Method("lcm", lcm, 0, 1, ("sd15", "sd3"), True, "LCM: Luo et al. 2023, arXiv 2310.04378", even=False),
+    Method(
+        "paradigms",
+        _parallel("paradigms"),
+        1,
+        0,
+        ALL,
+        False,
+        "ParaDiGMS: Shih et al. 2023, arXiv 2305.16317",
+        even=False,
+    ),
+    Method(
+        "parataa", _parallel("parataa"), 1, 0, ALL, False, "ParaTAA: Tang et al. 2024, arXiv 2402.09970", even=False
+    ),
 )
 
 METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _METHODS})

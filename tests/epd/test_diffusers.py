@@ -106,7 +106,7 @@ def test_every_solver_goes_through_its_timesteps_as_the_driver_does(family):
             velocity = torch.tanh(scaled) * (0.5 + t / 1000)
             x = scheduler.step(velocity, t, x, generator=torch.Generator().manual_seed(i)).prev_sample
 
-        times = epd.schedule.of_checkpoint(7, family, config, method.name)
+        times = epd.schedule.of_checkpoint(7, family, config, method.even)
         vp = epd.schedule.vp_of(config)
 
         def slope(points, vp=vp, flow=flow):

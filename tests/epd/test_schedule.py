@@ -140,13 +140,10 @@ def test_flow_even_is_diffusers_use_flow_sigmas(n):
         np.testing.assert_allclose(schedule.flow_even(n), scheduler.sigmas.numpy(), atol=1e-6)
 
 
-def test_solvers_on_even_grids_are_solvers():
-    import epd
-
-    assert set(epd.solvers.METHODS) >= schedule.EVEN
+def test_the_grid_of_a_checkpoint_has_two_forms_in_flow_matching():
     config = {"shift": 2.0}
-    assert schedule.of_checkpoint(4, "sd3", config, "unipc_2").tolist() == schedule.flow_even(4, 2.0).tolist()
-    assert schedule.of_checkpoint(4, "sd3", config, "euler").tolist() == schedule.flow_euler(4, 2.0).tolist()
+    assert schedule.of_checkpoint(4, "sd3", config, even=True).tolist() == schedule.flow_even(4, 2.0).tolist()
+    assert schedule.of_checkpoint(4, "sd3", config).tolist() == schedule.flow_euler(4, 2.0).tolist()
 
 
 @pytest.mark.parametrize("vp", [None, schedule.SD15])

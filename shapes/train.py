@@ -62,7 +62,7 @@ class Recipe:
 
 RECIPES = {
     "vae": Recipe(steps=4000, batch=32, learning_rate=2e-3, average=0.995),
-    "sd3": Recipe(steps=11500, batch=64, learning_rate=1e-3, average=0.999, second=9000),
+    "sd3": Recipe(steps=11000, batch=64, learning_rate=1e-3, average=0.999, second=9000),
     "sd15": Recipe(steps=5000, batch=32, learning_rate=1e-3, average=0.998),
 }
 

@@ -130,7 +130,7 @@ def test_errors_name_the_rule(broken, message):
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
-@pytest.mark.parametrize("n", [1, 4, 11])
+@pytest.mark.parametrize("n", [2, 4, 11])
 def test_flow_even_is_diffusers_use_flow_sigmas(n):
     diffusers = pytest.importorskip("diffusers")
     flow = {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}

@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import epd
+from runtime.interval import Interval, interval
 
 from .bench import Attempt, Bench, psnr, shown
 from .entrants import entrants, references
-from .interval import Interval, interval
 
 if TYPE_CHECKING:
     from shapes.captions import Scene

@@ -7,8 +7,9 @@ are found interval by interval, on the student's own states x, against converged
     ask     one request at the placed points
     update  least squares of (teacher(t_next) - x) / (t_next - t) on the new slopes and the known ones
 
-Every latent entry of every trajectory is an equation, so a few trajectories are enough, and errors of the device itself
-(half precision, int8) are fitted along with those of the grid. Knows only a slope function.
+Every latent entry of every trajectory is an equation, so a few trajectories are enough. Where the trajectories were
+made at a higher precision than the student's slopes, what those lose is fitted along with the error of the grid. Knows
+only a slope function.
 """
 
 from __future__ import annotations
@@ -89,10 +90,12 @@ def teach(slope: Slope, x: Array, times: Any) -> Trajectories:
     """
     grid = decreasing(times)
     known: dict[float, Array] = {}
+    wanted = set(grid.tolist())
 
     def recording(points: Points) -> Array:
-        answer = slope(points)
-        known.setdefault(float(points.t[0]), answer[0].astype(np.float32))  # asked first at a step's own state
+        answer, t = slope(points), float(points.t[0])
+        if t in wanted:  # a step's own state, not a midpoint
+            known[t] = answer[0].astype(np.float32)
         return np.asarray(answer)
 
     states = [np.asarray(x, np.float32)]

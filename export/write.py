@@ -23,7 +23,7 @@ from typing import Any
 
 from epd import Table
 from epd.catalogue import SHIPPED
-from runtime.bundle import FILE, PROMPTS, TABLES, Component, Parity, Stored, Tensor, sha256, write_facts
+from runtime.bundle import FILE, PROMPTS, TABLES, Component, Parity, Stored, Tensor, best_first, sha256, write_facts
 
 from . import ExportError
 from .checkpoint import OURS, part_of, read_config
@@ -94,12 +94,11 @@ def _tables(plan: Plan, folder: Path) -> tuple[str, ...]:
     if plan.facts.name not in OURS or plan.facts.source.random_weights:
         return ()
     tables = {file.name: Table.load(file) for file in sorted(SHIPPED.glob(f"{plan.facts.name}-*.json"))}
-    best = sorted(tables, key=lambda name: tables[name].held_out_psnr or 0.0, reverse=True)
-    if best:
+    if tables:
         (folder / TABLES).mkdir()
-    for name in best:
+    for name in tables:
         shutil.copyfile(SHIPPED / name, folder / TABLES / name)
-    return tuple(f"{TABLES}/{name}" for name in best)
+    return tuple(f"{TABLES}/{name}" for name in best_first(tables))
 
 
 def _told(component: str, one: Written) -> str:

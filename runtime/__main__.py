@@ -257,6 +257,10 @@ def _fit(options: argparse.Namespace) -> None:
     pipe = Pipeline.from_pretrained(
         options.model or DEFAULT, provider=options.provider, provider_options=_pairs(options.provider_option)
     )
+    if options.install and pipe.bundle.foreign:
+        _refuse(f"{pipe.bundle.folder}: no bundle.json to install a table in; leave --install out")
+    if options.n is not None and options.n < 1:
+        _refuse(f"-n must be 1 or more, got {options.n}")
     calls = options.n + 1 if options.n is not None else 6 if options.calls is None else options.calls
     order = Order(
         prompts=read_prompts(options.prompts, pipe.bundle.folder),
@@ -270,8 +274,8 @@ def _fit(options: argparse.Namespace) -> None:
     )
     output = options.output or Path(f"{pipe.bundle.facts.name}-k{options.k}-calls{calls}.json")
     png.check_writable(output, ".json")
-    table, judgement = fit_bundle(pipe, order, options.work)
-    table.save(output)
+    teacher = Pipeline.from_pretrained(options.teacher) if options.teacher is not None else None
+    table, judgement = fit_bundle(pipe, order, output, options.work, teacher)
     if options.install:
         pipe.bundle.install(table, output.name)
     if options.json:

@@ -219,24 +219,32 @@ class Bundle:
                     )
 
     def fingerprint(self) -> str | None:
-        """SHA-256 of bundle.json, which holds those of all other files; None for a foreign folder."""
-        return None if self.foreign else sha256(self.folder / FILE)
+        """SHA-256 of bundle.json's content without its tables, so that installing one makes no other bundle of it.
+
+        None for a foreign folder.
+        """
+        if self.foreign:
+            return None
+        content = {key: value for key, value in load_json(self.folder / FILE).items() if key != "tables"}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def install(self, table: epd.Table, name: str) -> None:
-        """Makes a table one of this bundle's, the first and so the default, in place of an older one of that name.
+        """Makes a table one of this bundle's, in place of an older one of that name; the closest is its default.
 
         Raises
         ------
         BundleError
-            The folder has no bundle.json.
+            The folder has no bundle.json, or the name cannot be one of a file in it.
         """
         if self.foreign:
             raise BundleError(f"{self.folder}: no {FILE} to install a table in; export it with `python -m export`")
-        (self.folder / TABLES).mkdir(exist_ok=True)
         path = f"{TABLES}/{name}"
+        _check_inside(self.folder, path)
+        (self.folder / TABLES).mkdir(exist_ok=True)
         table.save(self.folder / path)
-        others = tuple(other for other in self.facts.tables if other != path)
-        write_facts(self.folder, replace(self.facts, tables=(path, *others)))
+        facts = read_facts(self.folder / FILE)  # as it is now: another may have been installed since
+        tables = {other: epd.Table.load(self.folder / other) for other in {*facts.tables, path}}
+        write_facts(self.folder, replace(facts, tables=best_first(tables)))
 
     def _check_size(self, stored: Stored) -> None:
         path = self.folder / stored.path
@@ -333,6 +341,11 @@ def write_facts(folder: Path, facts: Facts) -> None:
     partial = folder / (FILE + ".partial")
     partial.write_text(json.dumps({"format": FORMAT} | asdict(facts), indent=1) + "\n", encoding="utf-8")
     os.replace(partial, folder / FILE)
+
+
+def best_first(tables: Mapping[str, epd.Table]) -> tuple[str, ...]:
+    """Names of tables, the closest to converged pictures first (`Table.held_out_psnr`), then those never measured."""
+    return tuple(sorted(tables, key=lambda name: (-(tables[name].held_out_psnr or 0.0), name)))
 
 
 def sha256(file: Path) -> str:

@@ -12,39 +12,40 @@ import json
 import logging
 import math
 import os
-import shutil
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 import epd
-import epd.catalogue
+from epd import catalogue
 from epd.fit import Design, Trajectories, decibels, fit, search, teach
-from epd.solve import Slope, Solver
-from epd.solvers import METHODS
+from epd.solve import Slope
 
-from .bundle import PROMPTS, Facts
+from .bundle import PROMPTS
 from .errors import NotFiniteError, RequestError
-from .grid import own_grid
+from .judge import Judgement, competitors, curve, judge
 from .noise import randn
 from .pipeline import Pipeline
 from .png import version
-from .slopes import Slopes, variance_preserving
+from .slopes import Slopes
 
 Array = NDArray[np.float64]
 SHIFTS = {"sd3": (2.0, 3.0, 1.5), "sd15": (1.0, 0.6, 1.6)}  # of the grids to try first
-log = logging.getLogger(__name__)
-_BATCH = 1 << 16  # latent entries in one request, at most (one image at least)
+_BATCH = 1 << 16  # latent entries in one request, guidance and directions counted, at most (one image at least)
 _GROUP = 16  # images in one request, at most
 _LAST = 0.9  # position of a last point where the grid ends at 0: no slope is asked there
+_REFINED = 4  # halvings of a teacher's last interval that ends at 0
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,11 @@ class Order:
             ),
             (len(self.prompts) >= 4, f"fitting needs 4 prompts or more, one a line, got {len(self.prompts)}"),
             (all(math.isfinite(scale) for scale in self.guidance), "guidance scales must be finite numbers"),
+            (self.seed >= 0, f"--seed must be 0 or more, got {self.seed}"),
+            (
+                self.trajectories // 2 >= len(self.guidance),
+                f"{len(self.guidance)} guidance scales need --trajectories {2 * len(self.guidance)} or more",
+            ),
         ):
             if not holds:
                 raise RequestError(text)
@@ -88,41 +94,25 @@ class Group:
     seeds: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """How close pictures of held-out prompts and seeds come to converged ones, PSNR in dB, mean over the images."""
-
-    psnr_db: float
-    half_width_db: float  # of its 95 % interval
-    images: int
-    latent_db: float
-    reference_db: float  # two converged solutions by different solvers agree to this
-    training_free: dict[str, float]  # solver -> psnr_db at as many sequential calls, on the better of two grids
-
-    @property
-    def best_other(self) -> str:
-        """The closest of the training-free solvers."""
-        return max(self.training_free, key=lambda name: self.training_free[name])
-
-    def told(self, calls: int) -> str:
-        """In words, plainly also where the table does not win."""
-        other, ours = self.best_other, f"{self.psnr_db:.1f} ± {self.half_width_db:.1f} dB"
-        verdict = "closer than" if self.psnr_db > self.training_free[other] else "NO closer than"
-        return (
-            f"{ours} from converged pictures of {self.images} held-out prompts at {calls} sequential calls: {verdict} "
-            f"every training-free solver (best: {other}, {self.training_free[other]:.1f} dB); "
-            f"two converged solutions agree to {self.reference_db:.1f} dB"
-        )
-
-
 Told = Callable[[str], None]  # one line of news
 Ticked = Callable[[int], None]  # rows done
 
 
 class Fitting:
-    """One order carried out on one pipeline: `predict`, then `run`."""
+    """One order carried out on one pipeline: `predict`, then `run`. Trajectories and scores are kept in `work`.
 
-    def __init__(self, pipe: Pipeline, order: Order, work: Path, ticked: Ticked = lambda rows: None) -> None:
+    `teacher`: another bundle of the same model, of higher precision, whose trajectories are to be met; the table then
+    makes up for what the first one loses. None: its own.
+    """
+
+    def __init__(
+        self,
+        pipe: Pipeline,
+        order: Order,
+        work: Path,
+        teacher: Pipeline | None = None,
+        ticked: Ticked = lambda rows: None,
+    ) -> None:
         order.check()
         facts = pipe.bundle.facts
         height, width = facts.defaults.height, facts.defaults.width
@@ -130,31 +120,41 @@ class Fitting:
             height, width = pipe.bundle.sample_size()
         if height is None or width is None:
             raise RequestError(f"{facts.name} has no default size; fit a bundle that was exported for one")
+        if teacher is not None and (teacher.bundle.facts.family, teacher.bundle.facts.latent) != (
+            facts.family,
+            facts.latent,
+        ):
+            raise RequestError(f"{teacher.bundle.folder}: no bundle of the same model; give another --teacher")
         self.pipe, self.order, self.work, self.ticked = pipe, order, work, ticked
+        self.teacher = teacher or pipe
         self.size = (height, width)
         self.shape = (facts.latent.channels, height // facts.latent.factor, width // facts.latent.factor)
         self.scales = order.guidance or (facts.defaults.guidance,)
-        self.groups = _groups(order, self.scales, max(1, min(_GROUP, _BATCH // math.prod(self.shape))))
-        self._slopes: dict[Group, Slopes] = {}
+        rows = 2 * order.directions * math.prod(self.shape)
+        self.groups = _groups(order, self.scales, max(1, min(_GROUP, _BATCH // rows)))
+        self._slopes: dict[tuple[bool, Group], Slopes] = {}
+        self._kept: set[Path] = set()
 
-    def predict(self) -> tuple[int, float]:
-        """Rows the network will see, and seconds they will take: from one request, timed after a first one."""
+    def predict(self) -> tuple[int, float, int]:
+        """Rows the network will see, seconds they will take (from one request, timed), bytes of kept trajectories."""
         order, intervals = self.order, self.order.calls - 1
         rows: dict[str, int] = {"learn": 0, "choose": 0, "judge": 0}
         for group in self.groups:
-            rows[group.role] += len(group.seeds) * (2 if group.guidance > 1 else 1)
+            rows[group.role] += _rows(group)
         candidate = 1 + intervals * order.directions
-        total = sum(rows.values()) * (order.teacher_calls + 1)
-        total += (rows["learn"] + rows["choose"]) * order.candidates * candidate + sum(rows.values()) * candidate
-        total += rows["judge"] * (2 * len(_methods(self.pipe.bundle.facts)) * order.calls + order.teacher_calls)
+        total = sum(rows.values()) * self._requests()
+        total += (rows["learn"] + rows["choose"]) * (order.candidates + 1) * candidate
+        total += rows["judge"] * (candidate + 2 * len(competitors(self.pipe.bundle.facts)) * order.calls)
+        total += rows["judge"] * len(self._fine())
         group = self.groups[0]
-        points = epd.Points(self._start(group)[None], self._fine(8)[:1])
+        points = epd.Points(self._start(group)[None], self._fine()[:1])
         slope = self._slope([group], tick=False)
         slope(points)
         started = time.perf_counter()
         slope(points)
         seconds = time.perf_counter() - started
-        return total, total * seconds / (len(group.seeds) * (2 if group.guidance > 1 else 1))
+        images = sum(len(group.seeds) for group in self.groups)
+        return total, total * seconds / _rows(group), 8 * images * len(self._fine()) * math.prod(self.shape)
 
     def run(self, told: Told = lambda line: None) -> tuple[epd.Table, Judgement]:
         """The best table found, and how it does on images that nothing was chosen by.
@@ -162,62 +162,72 @@ class Fitting:
         Raises
         ------
         NotFiniteError
-            The model gave NaN or infinity.
+            The model gave NaN or infinity on the way to a converged picture, or with every candidate.
         OSError
             The work folder cannot be written.
         """
         started = time.perf_counter()
         try:
-            return self._run(told, started)
+            table, design, judgement = self._run(told)
         except FloatingPointError as error:
             raise NotFiniteError(f"{self.pipe.bundle.backbone}: {error}; give a smaller guidance scale") from None
+        return self._signed(table, design, judgement, time.perf_counter() - started), judgement
 
-    def _run(self, told: Told, started: float) -> tuple[epd.Table, Judgement]:
-        learn, choose, judge = (
-            [group for group in self.groups if group.role == role] for role in ("learn", "choose", "judge")
-        )
+    def clear(self) -> None:
+        """Removes what this order has kept."""
+        for file in self._kept:
+            file.unlink(missing_ok=True)
+
+    def _run(self, told: Told) -> tuple[epd.Table, Design, Judgement]:
+        learn, choose, held = ([g for g in self.groups if g.role == role] for role in ("learn", "choose", "judge"))
         teacher = _joined([self._taught(group) for group in (*learn, *choose)])
         count = sum(len(group.seeds) for group in learn)
         slope = self._slope([*learn, *choose])
-        design = None
+        best: Design | None = None
         score = partial(self._score, slope, teacher, count)
         for design, decibel in search(score, self._starts(), _moves, self.order.candidates):
+            best = design
             told(f"{decibel:6.2f} dB  {_described(design)}")
-        assert design is not None  # there is always a first candidate
-        table, _ = fit(design, slope, teacher, count)
-        judgement = self._judge(table, judge)
-        return self._signed(table, design, judgement, time.perf_counter() - started), judgement
+        assert best is not None  # there is always a first candidate
+        table, _ = fit(best, slope, teacher, count)
+        reference = _joined([self._taught(group) for group in held])
+        noise = np.concatenate([self._start(group) for group in held]) / reference.times[0]
+        fine = self._fine().tolist()
+        return table, best, judge(self.pipe, table, self._slope(held), noise, reference, fine)
 
     def _starts(self) -> list[Design]:
         facts, k = self.pipe.bundle.facts, self.order.directions
         patterns = [[(j + 0.5) / k for j in range(k)], [(j + 1) / k for j in range(k)]]
-        grids = [self._curve(self.order.calls - 1, shift) for shift in SHIFTS[facts.family]]
+        grids = [curve(facts, self.order.calls - 1, shift) for shift in SHIFTS[facts.family]]
         return [_design(grid, pattern) for grid in grids for pattern in patterns]
 
-    def _curve(self, n: int, shift: float) -> tuple[float, ...]:
-        facts = self.pipe.bundle.facts
-        vp = variance_preserving(facts) if facts.family == "sd15" else None
-        return tuple(epd.schedule.shifted(n, shift, vp).tolist())
+    def _fine(self) -> NDArray[np.float64]:
+        """The teacher's grid: an interval for every two calls."""
+        facts, intervals = self.pipe.bundle.facts, self.order.teacher_calls // 2
+        if facts.family != "sd3":
+            return np.array(curve(facts, intervals, SHIFTS[facts.family][0]))
+        grid = np.array(curve(facts, intervals - _REFINED, SHIFTS[facts.family][0]))
+        return np.concatenate([grid[:-1], grid[-2] / 2.0 ** np.arange(1, _REFINED + 1), [0.0]])
 
-    def _fine(self, calls: int) -> NDArray[np.float64]:
-        return np.array(self._curve(calls // 2, SHIFTS[self.pipe.bundle.facts.family][0]))
+    def _requests(self) -> int:
+        """Of a teacher: two an interval and one at the end; where that is 0, one for its last interval."""
+        fine = self._fine()
+        return 2 * len(fine) - 1 if fine[-1] > 0 else 2 * len(fine) - 3
 
     def _start(self, group: Group) -> Array:
         """States at the first time, (B, C, h, w): the noise of the group's seeds."""
         noise = np.stack([randn(self.shape, seed) for seed in group.seeds]).astype(np.float64)
-        return np.asarray(self._fine(8)[0] * noise)
+        return np.asarray(self._fine()[0] * noise)
 
-    def _slope(self, groups: Sequence[Group], tick: bool = True) -> Slope:
+    def _slope(self, groups: Sequence[Group], tick: bool = True, teaching: bool = False) -> Slope:
         """The network over the images of several groups, one group after the other."""
-        for group in groups:
-            if group not in self._slopes:
-                self._slopes[group] = self.pipe.slopes(group.prompts, group.guidance)
+        self._encode(teaching)
         ends = np.cumsum([len(group.seeds) for group in groups])[:-1]
+        parts = [self._slopes[teaching, group] for group in groups]
 
         def slope(points: epd.Points) -> Array:
             answers = []
-            for group, x in zip(groups, np.split(points.x, ends, axis=1), strict=True):
-                part = self._slopes[group]
+            for part, x in zip(parts, np.split(points.x, ends, axis=1), strict=True):
                 before = part.guided_forwards
                 answers.append(part(epd.Points(x, points.t)))
                 if tick:
@@ -226,67 +236,55 @@ class Fitting:
 
         return slope
 
+    def _encode(self, teaching: bool) -> None:
+        """All prompts at once, so that text encoders are loaded once, and before the backbone."""
+        if (teaching, self.groups[0]) in self._slopes:
+            return
+        pipe = self.teacher if teaching else self.pipe
+        whole = pipe.slopes([prompt for group in self.groups for prompt in group.prompts], max(self.scales))
+        end = 0
+        for group in self.groups:
+            start, end = end, end + len(group.prompts)
+            self._slopes[teaching, group] = whole.part(slice(start, end), group.guidance)
+
     def _taught(self, group: Group) -> Trajectories:
-        """Converged trajectories of a group, from the work folder if they are there."""
-        file = self.work / f"teacher-{self.groups.index(group)}.npz"
-        fine = self._fine(self.order.teacher_calls)
-        if file.is_file():
-            with np.load(file) as stored:
-                self.ticked(len(group.seeds) * (2 if group.guidance > 1 else 1) * (self.order.teacher_calls + 1))
-                return Trajectories(stored["times"], stored["x"], stored["d"])
-        found = teach(self._slope([group]), self._start(group), fine)
-        partial_file = file.with_suffix(".partial")
-        with partial_file.open("wb") as opened:
-            np.savez(opened, times=found.times, x=found.x, d=found.d)
-        os.replace(partial_file, file)
+        """Converged trajectories of a group, from the work folder if they are there and whole."""
+        file = self._file("teacher", [asdict(group), self._fine().tolist(), self.teacher is not self.pipe], ".npz")
+        try:
+            with file.open("rb") as opened, np.load(opened) as stored:
+                found = Trajectories(stored["times"], stored["x"], stored["d"])
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # not there, or damaged: made anew
+            found = teach(self._slope([group], teaching=True), self._start(group), self._fine())
+            with _written(file) as opened:
+                np.savez(opened, times=found.times, x=found.x, d=found.d)
+        else:
+            self.ticked(_rows(group) * self._requests())
         return found
 
     def _score(self, slope: Slope, teacher: Trajectories, learn: int, design: Design) -> float:
-        """Mean dB of the images that choose; kept in the work folder."""
-        file, key = self.work / "scores.jsonl", json.dumps(asdict(design))
-        if file.is_file():
-            for line in file.read_text(encoding="utf-8").splitlines():
-                stored = json.loads(line)
-                if json.dumps(stored["design"]) == key:
-                    return float(stored["decibels"])
-        _, x = fit(design, slope, teacher, learn)
-        found = float(decibels(x, teacher.x[-1])[learn:].mean())
-        with file.open("a", encoding="utf-8") as opened:
-            opened.write(json.dumps({"design": asdict(design), "decibels": found}) + "\n")
+        """Mean dB of the images that choose; -inf where a slope is not finite. Kept in the work folder."""
+        used = [asdict(group) for group in self.groups if group.role != "judge"]
+        file = self._file("score", [asdict(design), used, self._fine().tolist(), self.teacher is not self.pipe], ".txt")
+        try:
+            return float(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            pass
+        try:
+            _, x = fit(design, slope, teacher, learn)
+            found = float(decibels(x, teacher.x[-1])[learn:].mean())
+        except FloatingPointError:
+            found = -math.inf
+        with _written(file) as opened:
+            opened.write(repr(found).encode())
         return found
 
-    def _judge(self, table: epd.Table, groups: list[Group]) -> Judgement:
-        slope, reference = self._slope(groups), _joined([self._taught(group) for group in groups])
-        facts = self.pipe.bundle.facts
-        noise = np.concatenate([self._start(group) for group in groups]) / reference.times[0]
-
-        def drawn(solver: Solver, grid: Sequence[float], scale: float) -> tuple[Array, NDArray[Any]]:
-            *_, last = epd.solve(solver, scale * noise, slope)
-            x = last.x / _end_scale(facts, grid[-1])
-            return x, self.pipe.decode(x)
-
-        first, flow = reference.times[0], facts.family == "sd3"
-        aim = reference.x[-1] / _end_scale(facts, reference.times[-1])
-        picture = self.pipe.decode(aim)
-        x, ours = drawn(epd.solvers.epd(table), table.times.tolist(), first)
-        every = _psnr(ours, picture)
-        others: dict[str, float] = {}
-        for name in _methods(facts):
-            steps = self.order.calls // METHODS[name].calls
-            own, even = own_grid(facts, steps, name), self._curve(steps, SHIFTS[facts.family][0])
-            grids = [(own, 1.0 if flow else math.hypot(1, own[0])), (even, first)]
-            drawings = [drawn(METHODS[name].build(grid, flow), grid, scale)[1] for grid, scale in grids]
-            others[name] = max(float(_psnr(drawing, picture).mean()) for drawing in drawings)
-        fine = self._curve(self.order.teacher_calls, SHIFTS[facts.family][0])
-        again = drawn(epd.solvers.dpmpp_2m(fine, flow), fine, first)[1]
-        return Judgement(
-            psnr_db=float(every.mean()),
-            half_width_db=float(1.96 * every.std(ddof=1) / math.sqrt(len(every))),
-            images=len(every),
-            latent_db=float(decibels(x, aim).mean()),
-            reference_db=float(_psnr(again, picture).mean()),
-            training_free=others,
-        )
+    def _file(self, kind: str, of: Any, suffix: str) -> Path:
+        """Where something is kept: named by everything it depends on."""
+        told = [of, version(), [(_identity(pipe), pipe.provider, pipe.options) for pipe in (self.pipe, self.teacher)]]
+        name = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:24]
+        file = self.work / f"{kind}-{name}{suffix}"
+        self._kept.add(file)
+        return file
 
     def _signed(self, table: epd.Table, design: Design, judgement: Judgement, seconds: float) -> epd.Table:
         """The table with what it belongs to and where it came from."""
@@ -304,8 +302,9 @@ class Fitting:
                 "made by": f"runtime fit {version()}",
                 "bundle": bundle.fingerprint(),
                 "provider": self.pipe.provider,
+                "provider_options": dict(self.pipe.options),
                 "precision": facts.components[bundle.backbone].precision,
-                "teacher": f"dpm2, {order.teacher_calls} calls",
+                "teacher": f"dpm2, {order.teacher_calls} calls, {self.teacher.bundle.facts.name}",
                 "trajectories": order.trajectories,
                 "prompts": len(order.prompts),
                 "guidance_scales": list(self.scales),
@@ -319,31 +318,56 @@ class Fitting:
         )
 
 
-def fit_bundle(pipe: Pipeline, order: Order, work: Path | None = None) -> tuple[epd.Table, Judgement]:
-    """Carries out an order with progress on a terminal: says how long it will take, then does it.
+def fit_bundle(
+    pipe: Pipeline, order: Order, output: Path, work: Path | None = None, teacher: Pipeline | None = None
+) -> tuple[epd.Table, Judgement]:
+    """Carries out an order with progress on a terminal, and writes the table: says how long it will take, then does it.
 
-    Trajectories and scores are kept under `work`, by bundle and what they depend on: several tables of one bundle can
-    share them. None: in the user's cache, and removed at the end.
+    Trajectories and scores are kept under `work`, where several tables of one bundle share them and a stopped run goes
+    on. None: in the user's cache, and removed once the table is written.
     """
-    order.check()
-    folder = (work or epd.catalogue.cache_folder() / "fit") / _key(pipe, order)
+    folder = work or catalogue.cache_folder() / "fit"
+    fitting = Fitting(pipe, order, folder, teacher)
     folder.mkdir(parents=True, exist_ok=True)
-    fitting = Fitting(pipe, order, folder)
-    rows, seconds = fitting.predict()
-    log.warning("about %s on this machine (%d rows of the network); a stopped run goes on", _long(seconds), rows)
+    rows, seconds, size = fitting.predict()
+    log.warning(
+        "about %s on this machine (%d rows of the network); a stopped run goes on from %s (%.2g GB)",
+        _long(seconds),
+        rows,
+        folder,
+        size / 1e9,
+    )
     with tqdm(total=rows, unit="row", disable=None, leave=False, smoothing=0.05) as bar:
         fitting.ticked = bar.update
         table, judgement = fitting.run(partial(bar.write, file=sys.stderr))
+    table.save(output)
     if work is None:
-        shutil.rmtree(folder)
+        fitting.clear()
     return table, judgement
 
 
-def _key(pipe: Pipeline, order: Order) -> str:
-    """Of the converged trajectories: everything they depend on."""
-    told = asdict(replace(order, calls=2, directions=1, candidates=1))
-    told |= {"bundle": pipe.bundle.fingerprint() or str(pipe.bundle.folder.resolve()), "provider": pipe.provider}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+@contextmanager
+def _written(file: Path) -> Iterator[IO[bytes]]:
+    """A file that appears under its name when it is whole."""
+    partial_file = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    try:
+        with partial_file.open("wb") as opened:
+            yield opened
+        os.replace(partial_file, file)
+    finally:
+        partial_file.unlink(missing_ok=True)
+
+
+def _identity(pipe: Pipeline) -> str:
+    """Of the weights: the bundle's, or the sizes and times of a foreign folder's files."""
+    bundle = pipe.bundle
+    files = sorted(bundle.folder.glob("*/*.onnx*")) if bundle.foreign else []
+    return bundle.fingerprint() or repr([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
+
+
+def _rows(group: Group) -> int:
+    """Rows of the network that one point of every image takes."""
+    return len(group.seeds) * (2 if group.guidance > 1 else 1)
 
 
 def _long(seconds: float) -> str:
@@ -353,7 +377,7 @@ def _long(seconds: float) -> str:
 
 
 def read_prompts(file: Path | None, bundle_folder: Path) -> tuple[str, ...]:
-    """Prompts, one a line: of a file, else of the bundle, else those that come with this package.
+    """Prompts, one a line, each once: of a file, else of the bundle, else those that come with this package.
 
     Raises
     ------
@@ -368,7 +392,7 @@ def read_prompts(file: Path | None, bundle_folder: Path) -> tuple[str, ...]:
         raise RequestError(f"{chosen}: {error.strerror}; give a text file with a prompt a line") from None
     except UnicodeDecodeError:
         raise RequestError(f"{chosen}: not UTF-8 text; give a text file with a prompt a line") from None
-    return tuple(line.strip() for line in lines if line.strip())
+    return tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
 
 
 def _groups(order: Order, scales: tuple[float, ...], size: int) -> list[Group]:
@@ -432,22 +456,3 @@ def _described(design: Design) -> str:
     times = " ".join(f"{t:.3g}" for t in design.times)
     points = " ".join(",".join(f"{r:.2g}" for r in row) for row in design.r)
     return f"times {times}; points {points}; place {design.place}, carry {design.carry}, ridge {design.ridge:.0e}"
-
-
-def _methods(facts: Facts) -> list[str]:
-    """Training-free solvers to compare with: deterministic, and of known sequential calls."""
-    return [
-        name
-        for name, method in METHODS.items()
-        if facts.family in method.families and not method.noisy and method.calls > 0
-    ]
-
-
-def _end_scale(facts: Facts, sigma: float) -> float:
-    return 1.0 if facts.family == "sd3" else math.hypot(1, sigma)
-
-
-def _psnr(one: NDArray[Any], other: NDArray[Any]) -> Array:
-    """PSNR in dB of pictures (B, H, W, 3) in [0, 1], per picture."""
-    error = np.square(one.astype(np.float64) - other).mean((1, 2, 3))
-    return np.asarray(10 * np.log10(1 / np.maximum(error, 1e-12)))

@@ -79,6 +79,7 @@ class Pipeline:
         bundle.require(*REQUIRED[bundle.facts.family])
         provider_name(provider)  # a wrong name is told now, not at the first load
         self.bundle, self.provider = bundle, provider
+        self.options = dict(provider_options or {})  # of the provider
         self._options = {"provider_options": provider_options, "session_options": session_options}
         self._sessions: dict[str, Session] = {}
 

@@ -62,6 +62,7 @@ class Slopes:
         interval: tuple[float, float] | None = None,
     ) -> None:
         self.backbone, self.guidance, self.directions, self.interval = backbone, guidance, directions, interval
+        self._facts = facts
         self.guided_forwards = 0
         rank = {tensor.name: len(tensor.shape) for tensor in backbone.inputs}
         self._conditioning = {  # (H, 1 or B, ...)
@@ -80,6 +81,14 @@ class Slopes:
             self._network_time = variance_preserving(facts).time
             self._network_input = lambda x, sigma: x / np.sqrt(1 + sigma**2)
         self._times_shape = _timestep_shape(backbone)
+
+    def part(self, images: slice, guidance: float) -> Slopes:
+        """The same network told of some of the images only, at a guidance scale of their own (above 1 only if this is).
+
+        Images: of a conditioning with one entry per image.
+        """
+        told = {name: value[-1 - (guidance > 1) :, images] for name, value in self._conditioning.items()}
+        return Slopes(self.backbone, self._facts, told, guidance, self.directions, self.interval)
 
     def __call__(self, points: epd.Points) -> Array:
         x = np.asarray(points.x, np.float64)  # (P, B, C, h, w)

@@ -105,12 +105,13 @@ def differences(
     t5 = "text_encoder_3" in facts.components
     grids = _own_grids(facts, table.steps)
     usual = own_model or any(np.allclose(table.times, grid, rtol=1e-3, atol=1e-4) for grid in grids)
+    scales = (table.provenance or {}).get("guidance_scales") or [table.guidance]
     compared = [  # what it says, what is here, whether they agree
         (f"family {table.family}", facts.family, table.family in (None, facts.family)),
         (f"model {table.model}", facts.name, table.model is None or own_model),
         (f"grid {table.grid}, {_span(table.times)}", _span(grids[0]), table.grid is None or usual),
-        (f"guidance {table.guidance}", f"{guidance:g}", table.guidance in (None, guidance)),
-        ("guidance everywhere", f"in {list(interval or ())}", table.guidance is None or interval is None),
+        (f"guidance {', '.join(map(str, scales))}", f"{guidance:g}", None in scales or guidance in scales),
+        ("guidance everywhere", f"in {list(interval or ())}", None in scales or interval is None),
         (f"size {_by(table.size)}", _by(size), table.size in (None, size)),
         ("T5" if table.t5 else "no T5", "with it" if t5 else "without it", table.t5 in (None, t5)),
     ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +28,8 @@ def bundle(bundles, family, tmp_path):
 def test_the_table_draws_and_says_where_it_came_from(bundle, family, tmp_path, monkeypatch):
     monkeypatch.setenv("EPD_CACHE", str(tmp_path / "cache"))
     pipe = Pipeline.from_pretrained(bundle)
-    table, judgement = fit_bundle(pipe, Order(**SMALL))
+    table, judgement = fit_bundle(pipe, Order(**SMALL), tmp_path / "table.json")
+    assert epd.Table.load(tmp_path / "table.json").to_json() == table.to_json()
     assert (table.family, table.model, table.sequential_calls, table.directions) == (family, f"tiny-{family}", 3, 2)
     held_out = table.provenance["held_out"]
     assert table.held_out_psnr == held_out["psnr_db"] == judgement.psnr_db
@@ -34,6 +37,9 @@ def test_the_table_draws_and_says_where_it_came_from(bundle, family, tmp_path, m
     assert {"euler", "dpmpp_2m", "unipc_2", "ipndm_2"} <= set(held_out["training_free"])
     assert judgement.reference_db > 40
     assert judgement.best_other in judgement.told(3)
+    assert "NOT CONVERGED" in replace(judgement, reference_db=39.0).told(3)
+    for over, words in ((2.0, "closer than"), (-2.0, "NO closer than"), (0.5, "no clear difference")):
+        assert words in replace(judgement, over_best_db=over, over_best_half_db=1.0).told(3)
     drawn = pipe("red a 3", seed=2, table=table)
     assert (drawn.report.sequential_calls, drawn.report.total_evaluations) == (3, table.total_evaluations)
     assert list((tmp_path / "cache").rglob("*.npz")) == []
@@ -43,40 +49,37 @@ def test_the_same_order_gives_the_same_table_whatever_the_groups(bundle, tmp_pat
     tables = []
     for name, group in (("one", 16), ("other", 1)):
         monkeypatch.setattr("runtime.fit._GROUP", group)
-        table, _ = fit_bundle(Pipeline.from_pretrained(bundle), Order(**SMALL), tmp_path / name)
+        table, _ = fit_bundle(
+            Pipeline.from_pretrained(bundle), Order(**SMALL), tmp_path / f"{name}.json", tmp_path / name
+        )
         tables.append(table)
     np.testing.assert_allclose(tables[0].w, tables[1].w, atol=1e-4)
     np.testing.assert_allclose(tables[0].place, tables[1].place, atol=1e-3)
 
 
 def test_a_stopped_run_goes_on_where_it_was(bundle, tmp_path):
-    class Stop(KeyboardInterrupt):
-        pass
-
-    def run(limit):
+    def run(work, limit):
         rows = 0
 
         def ticked(count):
             nonlocal rows
             rows += count
             if rows > limit:
-                raise Stop
+                raise KeyboardInterrupt
 
-        fitting = Fitting(Pipeline.from_pretrained(bundle), Order(**SMALL), tmp_path, ticked)
-        return fitting, lambda: (fitting.run()[0], rows)
+        Path(work).mkdir(exist_ok=True)
+        return Fitting(Pipeline.from_pretrained(bundle), Order(**SMALL), work, ticked=ticked).run()[0]
 
-    whole = run(10**9)[1]()[0]
-    for file in tmp_path.glob("*.*"):
-        if file.name.startswith(("teacher", "scores")):
-            file.unlink()
-    fitting, stopped = run(700)
-    with pytest.raises(Stop):
-        stopped()
-    kept = {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("teacher-*.npz")}
+    whole = run(tmp_path / "whole", 10**9)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, 700)
+    kept = {file: file.stat().st_mtime_ns for file in tmp_path.glob("teacher-*")}
     assert kept
-    assert len(kept) < len(fitting.groups)
-    again, _ = run(10**9)[1]()
-    assert {name: (tmp_path / name).stat().st_mtime_ns for name in kept} == kept
+    assert not list(tmp_path.glob("*.partial"))
+    damaged = min(kept)
+    damaged.write_bytes(damaged.read_bytes()[:-50])  # as after a crash: made anew
+    again = run(tmp_path, 10**9)
+    assert [file for file, time in kept.items() if file.stat().st_mtime_ns != time] == [damaged]
     assert again.to_json() | {"provenance": None} == whole.to_json() | {"provenance": None}
 
 
@@ -95,10 +98,13 @@ def test_no_prompt_and_no_seed_has_two_roles(bundle, tmp_path):
 
 def test_the_prediction_is_about_what_is_done(bundle, tmp_path):
     done = []
-    fitting = Fitting(Pipeline.from_pretrained(bundle), Order(**SMALL), tmp_path, done.append)
-    rows, seconds = fitting.predict()
+    fitting = Fitting(Pipeline.from_pretrained(bundle), Order(**SMALL), tmp_path, ticked=done.append)
+    rows, seconds, size = fitting.predict()
     assert sum(done) == 0
     assert seconds > 0
+    stored = sum(x.nbytes for x in fitting._taught(fitting.groups[0]).__dict__.values())
+    done.clear()
+    assert size >= stored * 0.9
     fitting.run()
     assert sum(done) == pytest.approx(rows, rel=0.3)
 
@@ -126,6 +132,10 @@ def test_on_the_command_line(bundle, tmp_path, capsys, monkeypatch):
         (["--candidates", "0"], "--candidates must be 1 or more"),
         (["--calls", "6", "--teacher-calls", "12"], "give 48"),
         (["--guidance-scale", "nan"], "must be finite"),
+        (["--guidance-scale", "1", "3", "7", "--trajectories", "4"], "3 guidance scales need --trajectories 6"),
+        (["--seed", "-1"], "--seed must be 0 or more"),
+        (["-n", "0"], "-n must be 1 or more"),
+        (["--teacher", "no-such-folder"], "no such folder"),
         (["--prompts", "no-such-file"], "no-such-file: No such file"),
         (["-o", "table.txt"], "written as .json"),
         (["-o", "no/such/folder/table.json"], "cannot be written"),
@@ -147,6 +157,50 @@ def test_prompts_of_a_bundle_come_before_the_packages_own(tmp_path):
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(ValueError, match="not UTF-8"):
         read_prompts(tmp_path / "bytes.txt", tmp_path)
+
+
+def test_installing_a_table_makes_no_other_bundle_and_loses_none(bundle):
+    table = epd.start_table((1.0, 0.5), 1)
+    one, other = Bundle.open(bundle), Bundle.open(bundle)
+    before = one.fingerprint()
+    one.install(table, "a.json")
+    other.install(replace(table, provenance={"held_out": {"psnr_db": 30.0}}), "b.json")
+    assert Bundle.open(bundle).facts.tables == ("tables/b.json", "tables/a.json")
+    assert Bundle.open(bundle).fingerprint() == before
+    with pytest.raises(ValueError, match="leads out of the bundle"):
+        one.install(table, "c:d.json")
+    Bundle.open(bundle).verify()
+
+
+def test_a_teacher_of_higher_precision_is_met(bundle, bundles, family, tmp_path):
+    """Slopes that are 3 % too large: a table of its own teacher keeps that error, one of the right teacher loses it."""
+    pipe, right = Pipeline.from_pretrained(bundle), Pipeline.from_pretrained(bundles[family])
+    exact = pipe.slopes
+
+    def bad(*told):
+        slopes = exact(*told)
+        part = slopes.part
+
+        def scaled(images, guidance):
+            piece = part(images, guidance)
+            whole = piece._evaluate
+            piece._evaluate = lambda *given: 1.03 * whole(*given)
+            return piece
+
+        slopes.part = scaled
+        return slopes
+
+    pipe.slopes = bad
+    errors = []
+    for teacher in (None, right):
+        table, _ = Fitting(pipe, Order(**SMALL), tmp_path, teacher).run()
+        judged = Fitting(pipe, Order(**SMALL), tmp_path, right)
+        groups = [group for group in judged.groups if group.role == "judge"]
+        aim = np.concatenate([judged._taught(group).x[-1] for group in groups])
+        start = np.concatenate([judged._start(group) for group in groups])
+        *_, last = epd.solve(epd.solvers.epd(table), start, judged._slope(groups))
+        errors.append(np.abs(last.x - aim).mean())
+    assert errors[1] < 0.7 * errors[0]
 
 
 def test_a_foreign_folder_takes_no_table(bundles, tmp_path):

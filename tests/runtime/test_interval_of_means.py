@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.interval import interval, student
+from runtime.interval import interval, student
 
 
 @pytest.mark.parametrize(

@@ -122,8 +122,11 @@ def _add_fit(commands: Any) -> None:
     )
     learn.add_argument("--provider-option", action="append", default=[], metavar="KEY=VALUE", help="may be repeated")
     learn.add_argument(
-        "--work", type=Path, metavar="DIR", help="kept trajectories, to go on from (default: user cache)"
+        "--teacher",
+        metavar="DIR",
+        help="another bundle of the model, of higher precision, whose pictures are to be met",
     )
+    learn.add_argument("--work", type=Path, metavar="DIR", help="keep trajectories here, for further tables, too")
     learn.add_argument("-o", "--output", type=Path, metavar="JSON", help="table (default: MODEL-kK-callsM.json here)")
     learn.add_argument("--install", action="store_true", help="make it one of the bundle's tables, too")
     learn.add_argument("--json", action="store_true", help="print one object on stdout")

@@ -255,8 +255,8 @@ class Fitting:
                 found = Trajectories(stored["times"], stored["x"], stored["d"])
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # not there, or damaged: made anew
             found = teach(self._slope([group], teaching=True), self._start(group), self._fine())
-            with _written(file) as opened:
-                np.savez(opened, times=found.times, x=found.x, d=found.d)
+            with _written(file) as whole:
+                np.savez(whole, times=found.times, x=found.x, d=found.d)
         else:
             self.ticked(_rows(group) * self._requests())
         return found

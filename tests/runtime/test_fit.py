@@ -200,7 +200,7 @@ def test_a_teacher_of_higher_precision_is_met(bundle, bundles, family, tmp_path)
         start = np.concatenate([judged._start(group) for group in groups])
         *_, last = epd.solve(epd.solvers.epd(table), start, judged._slope(groups))
         errors.append(np.abs(last.x - aim).mean())
-    assert errors[1] < 0.7 * errors[0]
+    assert errors[1] < 0.8 * errors[0]
 
 
 def test_a_foreign_folder_takes_no_table(bundles, tmp_path):

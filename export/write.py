@@ -2,6 +2,9 @@
 
 Everything is written into `.NAME.PID.partial` beside the bundle and renamed at the end, so that a folder that can be
 read is always whole. What a killed export left behind is cleared by the next one to the same place.
+An older bundle is first renamed to `.NAME.PID.old`: folders cannot be exchanged in one step everywhere. An export that
+is killed between the two renames leaves nothing at the target; the next one to the same place, or a rename by hand,
+puts the older bundle back. Two exports to one place at a time, from machines that share it, are not kept apart.
 Knows nothing of torch's graphs.
 """
 
@@ -14,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -45,13 +48,18 @@ class Written:
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Refuses a place where no bundle can be put, before any work is done.
+    """Refuses a place where no bundle can be put, before any work is done; what killed exports left there is cleared.
 
     Raises
     ------
     ExportError
-        If something is there, unless it is a bundle (or an empty folder) and `overwrite`.
+        If nothing can be written there, or something is there, unless it is a bundle (or an empty folder) and
+        `overwrite`.
     """
+    with _writing(target):
+        place = target.absolute()
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=next(up for up in place.parents if up.exists())):
+            _clear_remains(place)
     if not target.exists():
         return
     if not target.is_dir():
@@ -61,6 +69,18 @@ def check_target(target: Path, overwrite: bool) -> None:
             raise ExportError(f"{target}: holds something that is no bundle, and is left alone; give another -o")
         if not overwrite:
             raise ExportError(f"{target}: exists; give --overwrite to replace it, or another -o")
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """An OSError of the block as an ExportError that tells what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise ExportError(
+            f"{target}: cannot be written ({error.strerror or error}: {error.filename or target.parent}); "
+            "free some space or give another -o"
+        ) from error
 
 
 def write(plan: Plan, target: Path, overwrite: bool, say: Say) -> dict[str, Written]:
@@ -74,6 +94,7 @@ def write(plan: Plan, target: Path, overwrite: bool, say: Say) -> dict[str, Writ
     check_target(target, overwrite)
     with tempfile.TemporaryDirectory(prefix="export-") as notes, _aside(target) as partial:
         write_configurations(plan, partial)
+        files = _stored(partial, partial.rglob("*"))  # graphs and tables come later
         written = {}
         for number, (component, at) in enumerate(plan.precisions.items(), 1):
             say(f"[{number}/{len(plan.precisions)}] {component}: exporting at {at}")
@@ -82,11 +103,21 @@ def write(plan: Plan, target: Path, overwrite: bool, say: Say) -> dict[str, Writ
         facts = replace(
             plan.facts,
             components={name: one.component for name, one in written.items()},
+            files=files,
             tables=_tables(plan, partial),
             exported_by=_tools(),
         )
         write_facts(partial, facts)
     return written
+
+
+def _stored(bundle: Path, paths: Iterable[Path]) -> tuple[Stored, ...]:
+    """What is stored at paths in a bundle, sorted."""
+    return tuple(
+        Stored(path.relative_to(bundle).as_posix(), path.stat().st_size, sha256(path))
+        for path in sorted(paths)
+        if path.is_file()
+    )
 
 
 def _tables(plan: Plan, folder: Path) -> tuple[str, ...]:
@@ -115,9 +146,8 @@ def _told(component: str, one: Written) -> str:
 @contextmanager
 def _aside(target: Path) -> Iterator[Path]:
     """A fresh folder beside `target` that takes its place when the block ends well, and vanishes when it does not."""
-    try:
+    with _writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        _clear_remains(target)
         partial, old = (target.parent / f".{target.name}.{os.getpid()}.{end}" for end in ("partial", "old"))
         partial.mkdir()
         try:
@@ -130,25 +160,34 @@ def _aside(target: Path) -> Iterator[Path]:
                 os.replace(old, target)
             shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise ExportError(
-            f"{target}: cannot be written ({error.strerror or error}: {error.filename or target.parent}); "
-            "free some space or give another -o"
-        ) from error
 
 
 def _clear_remains(target: Path) -> None:
     """Removes what killed exports left beside `target`; a bundle they had moved away, and not replaced, goes back."""
-    import psutil
-
     for remains in sorted(target.parent.glob(f".{target.name}.*")):
         pid, _, end = remains.name.removeprefix(f".{target.name}.").partition(".")
-        if not pid.isdecimal() or end not in ("partial", "old") or psutil.pid_exists(int(pid)):
+        if not pid.isdecimal() or end not in ("partial", "old") or _runs(int(pid), remains):
             continue
         if end == "old" and not target.exists():
             os.replace(remains, target)
         else:
             shutil.rmtree(remains)
+
+
+def _runs(pid: int, remains: Path) -> bool:
+    """Whether the export that made `remains` still runs. Numbers repeat: in containers they are mostly the same."""
+    import psutil
+
+    if pid == os.getpid():
+        return False
+    try:
+        started = psutil.Process(pid).create_time()
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True
+    # A minute, since systems round when a process started. A bundle that was moved away is older than the export.
+    return remains.suffix == ".old" or started < remains.stat().st_mtime + 60
 
 
 def write_configurations(plan: Plan, folder: Path) -> None:
@@ -223,13 +262,10 @@ def _write_component(plan: Plan, component: str, at: str, partial: Path, notes: 
         for task in ("export", "parity")
     )
     (folder / TRIAL).unlink(missing_ok=True)
-    files = sorted(path for path in folder.iterdir() if path.name.startswith(GRAPH))
     return Written(
         Component(
             graph=f"{component}/{GRAPH}",
-            files=tuple(
-                Stored(path.relative_to(partial).as_posix(), path.stat().st_size, sha256(path)) for path in files
-            ),
+            files=_stored(partial, folder.glob(f"{GRAPH}*")),
             precision=at,
             opset=plan.opset,
             inputs=_tensors(exported["inputs"]),

@@ -134,6 +134,7 @@ class Facts:
     text: Text
     defaults: Defaults
     components: Mapping[str, Component] = field(default_factory=dict)
+    files: tuple[Stored, ...] = ()  # every other file: configurations, tokenizers, prompts; not tables
     tables: tuple[
         str, ...
     ] = ()  # solver tables that belong to it, paths relative to the bundle; the first is the default

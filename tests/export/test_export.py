@@ -1,5 +1,6 @@
 """Exports of small random pipelines: what is in the bundle, and what its graphs compute."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -43,6 +44,17 @@ def test_every_component_was_compared_with_torch_at_2_and_2k_rows(bundle: Bundle
         assert component.parity.rows == (2, 6)
         assert 0 < component.parity.error <= component.parity.tolerance
         assert all(tensor.shape[0] == "rows" for tensor in (*component.inputs, *component.outputs))
+
+
+def test_every_file_is_listed_with_its_bytes_and_hash(bundle: Bundle):
+    stored = [*bundle.facts.files, *(one for part in bundle.facts.components.values() for one in part.files)]
+    found = {path.relative_to(bundle.folder).as_posix(): path for path in bundle.folder.rglob("*") if path.is_file()}
+    del found["bundle.json"]
+    assert sorted(one.path for one in stored) == sorted(found)
+    assert "tokenizer/tokenizer.json" in {one.path for one in bundle.facts.files}
+    for one in stored:
+        content = found[one.path].read_bytes()
+        assert (one.bytes, one.sha256) == (len(content), hashlib.sha256(content).hexdigest())
 
 
 def test_layout_is_optimums(bundle: Bundle):

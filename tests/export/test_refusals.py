@@ -97,7 +97,11 @@ def test_what_is_there_is_left_alone(capsys, checkpoint: Path, target: Path):
 
 def test_a_place_that_cannot_be_written(capsys, checkpoint: Path, tmp_path: Path):
     (tmp_path / "file").write_text("", encoding="utf-8")
-    assert "cannot be written" in refusal(capsys, checkpoint, "-o", tmp_path / "file" / "bundle")
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy, ignore=shutil.ignore_patterns("*.safetensors"))
+    line = refusal(capsys, copy, "-o", tmp_path / "file" / "bundle")  # told before weights are fetched or missed
+    assert "cannot be written" in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "file"]
 
 
 @pytest.fixture(params=[64, 300])  # kB: full while configurations are written, and while a worker writes weights
@@ -137,12 +141,36 @@ def test_a_kill_in_mid_export_leaves_the_old_bundle_whole_and_the_next_export_cl
     assert [path.name for path in target.parent.iterdir()] == ["bundle"]
 
 
-def test_a_kill_between_the_two_renames_gives_the_old_bundle_back(target: Path):
-    old = target.parent / ".bundle.4194305.old"  # no such process: above the largest id of Linux
-    old.mkdir()
-    (old / "bundle.json").write_text("{}", encoding="utf-8")
-    write._clear_remains(target)
+def left_behind(target: Path, pid: int, end: str) -> Path:
+    folder = target.parent / f".{target.name}.{pid}.{end}"
+    folder.mkdir()
+    (folder / "bundle.json").write_text("{}", encoding="utf-8")
+    return folder
+
+
+NOBODY = 4194305  # no such process: above the largest id of Linux
+
+
+@pytest.mark.parametrize("pid", [NOBODY, os.getpid()])  # in a container the next export has the same id
+def test_a_kill_between_the_two_renames_gives_the_old_bundle_back_and_the_next_export_heeds_it(
+    capsys, checkpoint: Path, target: Path, pid: int
+):
+    left_behind(target, pid, "old")
+    left_behind(target, pid, "partial")
+    assert "give --overwrite" in refusal(capsys, checkpoint, "-o", target)
     assert [path.name for path in target.parent.iterdir()] == ["bundle"]
+    assert (target / "bundle.json").exists()
+
+
+def test_an_export_that_runs_is_left_alone_but_not_another_process_with_its_number(target: Path):
+    running, repeated = (left_behind(target, os.getppid(), end) for end in ("old", "partial"))
+    write.check_target(target, overwrite=False)
+    assert running.exists()
+    assert repeated.exists()
+    os.utime(repeated, (1, 1))  # made before the process of this number began
+    write.check_target(target, overwrite=False)
+    assert running.exists()
+    assert not repeated.exists()
 
 
 def test_dry_run_counts_the_published_architecture_and_writes_nothing(capsys, target: Path):

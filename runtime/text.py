@@ -96,6 +96,14 @@ def _second_to_last(encoder: Session) -> str:
     return sorted(names, key=lambda name: int(name.rpartition(".")[2]))[-2]
 
 
+def check_tokenizers(bundle: Bundle) -> None:
+    """BundleError for the first text encoder whose tokenizer is missing or damaged."""
+    text = bundle.facts.text
+    for suffix, length in (("", text.clip_tokens), ("_2", text.clip_tokens), ("_3", text.t5_tokens)):
+        if f"text_encoder{suffix}" in bundle.facts.components:
+            tokenize(bundle.folder / f"tokenizer{suffix}", [""], length)
+
+
 def tokenize(folder: Path, prompts: Sequence[str], length: int) -> NDArray[np.int64]:
     """Token ids (B, length): start and end tokens added, cut to `length` (a warning says what was lost), padded.
 

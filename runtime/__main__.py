@@ -92,7 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     look = commands.add_parser("inspect", help="show what a bundle holds")
     look.set_defaults(run=_inspect)
     look.add_argument("folder", metavar="DIR", nargs="?", help="a bundle (default: shapes-sd3)")
-    look.add_argument("--verify", action="store_true", help="compare the SHA-256 of every file, load every graph")
+    look.add_argument(
+        "--verify", action="store_true", help="compare the SHA-256 of every file, load every graph and tokenizer"
+    )
     look.add_argument("--json", action="store_true", help="print one object on stdout")
     return parser
 

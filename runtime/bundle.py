@@ -139,6 +139,8 @@ class Facts:
         str, ...
     ] = ()  # solver tables that belong to it, paths relative to the bundle; the first is the default
     exported_by: Mapping[str, str] = field(default_factory=dict)  # package -> version
+    # Every other file but bundle.json and the tables: index, scheduler, tokenizers, configurations, prompts.
+    files: tuple[Stored, ...] = ()  # empty: written before they were recorded
 
 
 @dataclass(frozen=True)
@@ -151,12 +153,14 @@ class Bundle:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Bundle:
-        """Reads a bundle, or a folder that Optimum exported, and checks sizes of files (hashes: `verify`).
+        """Reads a bundle, or a folder that Optimum exported, and checks the size of every file that is recorded.
+
+        Their content is compared by `verify`. Of a folder without bundle.json nothing is recorded.
 
         Raises
         ------
         BundleError
-            If the folder is none, its format is unknown, a file is missing or has another size than was written.
+            If the folder is none, its format is unknown, or a recorded file is missing or has another size.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -164,10 +168,13 @@ class Bundle:
         if not (folder / FILE).exists():
             return cls(folder, _foreign_facts(folder), foreign=True)
         bundle = cls(folder, read_facts(folder / FILE))
-        for component in bundle.facts.components.values():
-            for stored in component.files:
-                bundle._check_size(stored)
+        for stored in bundle.stored():
+            bundle._check_size(stored)
         return bundle
+
+    def stored(self) -> list[Stored]:
+        """The files whose size and hash are recorded: graphs and their data, then the others; never the tables."""
+        return [*(one for part in self.facts.components.values() for one in part.files), *self.facts.files]
 
     @property
     def backbone(self) -> str:
@@ -203,21 +210,22 @@ class Bundle:
         return height and height * factor, width and width * factor
 
     def verify(self) -> None:
-        """Compares the SHA-256 of every file with the one it was written with: reads the whole bundle.
+        """Compares the SHA-256 of every recorded file with the one it was written with: reads all of them.
+
+        A bundle whose facts have no `files` records its graphs and their data only, a foreign folder nothing.
 
         Raises
         ------
         BundleError
             For the first file that differs.
         """
-        for component in self.facts.components.values():
-            for stored in component.files:
-                self._check_size(stored)
-                if stored.sha256 and sha256(self.folder / stored.path) != stored.sha256:
-                    raise BundleError(
-                        f"{self.folder / stored.path}: SHA-256 differs from bundle.json: "
-                        "the file was changed or damaged; export or copy the bundle again"
-                    )
+        for stored in self.stored():
+            self._check_size(stored)
+            if sha256(self.folder / stored.path) != stored.sha256:
+                raise BundleError(
+                    f"{self.folder / stored.path}: SHA-256 differs from bundle.json: "
+                    "the file was changed or damaged; export or copy the bundle again"
+                )
 
     def fingerprint(self) -> str | None:
         """SHA-256 of bundle.json's content without its tables, so that installing one makes no other bundle of it.
@@ -329,11 +337,11 @@ def read_facts(file: Path) -> Facts:
         )
     content = {key: value for key, value in content.items() if key != "format"}
     facts: Facts = parse(Facts, content, file)
-    for component in facts.components.values():
-        for path in [component.graph, *(stored.path for stored in component.files)]:
-            _check_inside(file, path)
-    for path in facts.tables:
+    parts = facts.components.values()
+    stored = [*(one for part in parts for one in part.files), *facts.files]
+    for path in (*(part.graph for part in parts), *(one.path for one in stored), *facts.tables):
         _check_inside(file, path)
+    _check_name(file, facts.name)
     return facts
 
 
@@ -375,6 +383,12 @@ def _config(folder: Path, *candidates: str) -> dict[str, Any]:
         if (folder / candidate).is_file():
             return load_json(folder / candidate)
     raise BundleError(f"{folder}: {candidates[0]} is missing; give a whole diffusers folder")
+
+
+def _check_name(file: Path, name: str) -> None:
+    """A bundle's name begins those of the files made with it."""
+    if not name.isprintable() or set(name) & set('/\\:*?"<>|') or name.strip(" .") != name or not 0 < len(name) <= 100:
+        raise BundleError(f"{file}: the name {name!a:.60} is not one plain file name; export it again under another")
 
 
 def _check_inside(file: Path, path: str) -> None:

@@ -9,10 +9,11 @@ from epd.solvers import METHODS
 from .bundle import Bundle, Component, Family
 from .session import Session
 from .tables import load_table
+from .text import check_tokenizers
 
 
 def verify(bundle: Bundle) -> None:
-    """Compares every file with its SHA-256, loads every graph on the CPU, reads every table.
+    """Compares every recorded file with its SHA-256, loads every graph on the CPU, opens tokenizers, reads tables.
 
     Raises
     ------
@@ -23,6 +24,7 @@ def verify(bundle: Bundle) -> None:
     for name in bundle.facts.components:
         with Session(bundle, name):
             pass
+    check_tokenizers(bundle)
     for path in bundle.facts.tables:
         load_table(bundle.folder / path)
 
@@ -48,7 +50,8 @@ def describe(bundle: Bundle, *, verified: bool) -> str:
         lines.append("no bundle.json: described from its configurations; sizes, hashes and parity are not known")
     lines += [_component(name, component) for name, component in facts.components.items()]
     if verified:
-        lines.append("verified: every graph loads" + ("" if bundle.foreign else ", every SHA-256 agrees"))
+        agree = "every SHA-256 agrees" if facts.files else "the SHA-256 of every graph agrees, no others are recorded"
+        lines.append("verified: every graph and tokenizer loads" + ("" if bundle.foreign else f", {agree}"))
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers, processors
 
 from .bundle import Bundle
 from .errors import BundleError
@@ -24,6 +24,7 @@ from .session import Session
 Floats = NDArray[Any]  # float32 or float16, as the graph gives them
 log = logging.getLogger(__name__)
 
+_START, _END = "<|startoftext|>", "<|endoftext|>"  # where the settings name no others
 # Words of CLIP's byte-pair encoding: contractions, runs of letters, single digits, runs of anything else.
 _CLIP_WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
@@ -96,6 +97,14 @@ def _second_to_last(encoder: Session) -> str:
     return sorted(names, key=lambda name: int(name.rpartition(".")[2]))[-2]
 
 
+def check_tokenizers(bundle: Bundle) -> None:
+    """BundleError for the first text encoder whose tokenizer is missing or damaged."""
+    text = bundle.facts.text
+    for suffix, length in (("", text.clip_tokens), ("_2", text.clip_tokens), ("_3", text.t5_tokens)):
+        if f"text_encoder{suffix}" in bundle.facts.components:
+            tokenize(bundle.folder / f"tokenizer{suffix}", [""], length)
+
+
 def tokenize(folder: Path, prompts: Sequence[str], length: int) -> NDArray[np.int64]:
     """Token ids (B, length): start and end tokens added, cut to `length` (a warning says what was lost), padded.
 
@@ -105,9 +114,8 @@ def tokenize(folder: Path, prompts: Sequence[str], length: int) -> NDArray[np.in
         The folder has no readable tokenizer, or its pad token is not in the vocabulary.
     """
     tokenizer = _open(folder)
-    pad = _settings(folder).get("pad_token")
-    pad = pad["content"] if isinstance(pad, dict) else pad
-    pad_id = tokenizer.token_to_id(pad) if pad else None
+    pad = _word(folder, "pad_token", "")
+    pad_id = tokenizer.token_to_id(pad)
     if pad_id is None:
         raise BundleError(f"{folder}: pad_token {pad!r} is not in the vocabulary; export or copy the bundle again")
     tokenizer.enable_padding(length=length, pad_id=pad_id, pad_token=pad)
@@ -124,11 +132,20 @@ def _open(folder: Path) -> tokenizers.Tokenizer:
     whole = folder / "tokenizer.json"
     if not whole.is_file():
         return _clip(folder)
-    try:
-        # `from_file` and `from_str` raise a bare Exception for a damaged file: have json look first.
-        return tokenizers.Tokenizer.from_str(json.dumps(load_json(whole)))
-    except (ValueError, TypeError) as error:
-        raise BundleError(f"{whole}: not a tokenizer ({error}); export or copy the bundle again") from None
+    return _build(whole, load_json(whole))
+
+
+def _build(file: Path, content: dict[str, Any]) -> tokenizers.Tokenizer:
+    """The tokenizer of a tokenizer.json's content, which was read from, or stands for, `file`."""
+    try:  # the library's other ways in raise a bare Exception for content that is damaged
+        tokenizer = tokenizers.Tokenizer.from_buffer(json.dumps(content).encode())
+    except ValueError as error:
+        raise BundleError(f"{file}: not a tokenizer ({error}); export or copy the bundle again") from None
+    model = content["model"]
+    unknown, words = model.get("unk_token"), model.get("vocab")
+    if isinstance(words, dict) and unknown is not None and unknown not in words:
+        raise BundleError(f"{file}: unk_token {unknown!r} is not in the vocabulary; export or copy the bundle again")
+    return tokenizer
 
 
 def _clip(folder: Path) -> tokenizers.Tokenizer:
@@ -136,14 +153,23 @@ def _clip(folder: Path) -> tokenizers.Tokenizer:
     if not (folder / "vocab.json").is_file() or not (folder / "merges.txt").is_file():
         raise BundleError(f"{folder}: neither tokenizer.json nor vocab.json and merges.txt; export the bundle again")
     vocabulary = load_json(folder / "vocab.json")
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-    pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
-    settings = _settings(folder)
-    start, end, unknown = (_word(settings, name) for name in ("bos_token", "eos_token", "unk_token"))
-    merges = [(pair[0], pair[1]) for pair in pairs]
-    tokenizer = tokenizers.Tokenizer(
-        models.BPE(vocabulary, merges, unk_token=unknown, continuing_subword_prefix="", end_of_word_suffix="</w>")
-    )
+    try:
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise BundleError(f"{folder / 'merges.txt'}: not UTF-8 text; export or copy the bundle again") from None
+    start, end = _word(folder, "bos_token", _START), _word(folder, "eos_token", _END)
+    for word in (start, end):
+        if word not in vocabulary:
+            raise BundleError(f"{folder}: {word!r} is not in the vocabulary; export or copy the bundle again")
+    model = {
+        "type": "BPE",
+        "vocab": vocabulary,
+        "merges": [line for line in lines if line and not line.startswith("#version")],
+        "unk_token": _word(folder, "unk_token", _END),
+        "continuing_subword_prefix": "",
+        "end_of_word_suffix": "</w>",
+    }
+    tokenizer = _build(folder, {"version": "1.0", "model": model, "added_tokens": []})
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Lowercase()]
     )
@@ -157,9 +183,13 @@ def _clip(folder: Path) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _word(settings: dict[str, Any], name: str) -> str:
-    token = settings.get(name, "<|startoftext|>" if name == "bos_token" else "<|endoftext|>")
-    return str(token["content"] if isinstance(token, dict) else token)
+def _word(folder: Path, name: str, default: str) -> str:
+    """A special token, which settings hold as a text or as an object with it."""
+    token = _settings(folder).get(name, default)
+    word = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(word, str):
+        raise BundleError(f"{folder}: {name} is {token!r:.60}, expected a text; export or copy the bundle again")
+    return word
 
 
 def _settings(folder: Path) -> dict[str, Any]:

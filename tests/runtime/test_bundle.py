@@ -48,6 +48,15 @@ def _set(content, path, value):
         ("components.transformer.graph", "C:\\model.onnx", "leads out of the bundle"),
         ("components.transformer.files.0.path", "a/../../b", "leads out of the bundle"),
         ("tables", ["../t.json"], "leads out of the bundle"),
+        ("files", [{"path": "../x", "bytes": 1, "sha256": ""}], "leads out of the bundle"),
+        ("name", "../../evil", "not one plain file name"),
+        ("name", "a\\b", "not one plain file name"),
+        ("name", "c:evil", "not one plain file name"),
+        ("name", "..", "not one plain file name"),
+        ("name", "", "not one plain file name"),
+        ("name", "line\nbreak", "not one plain file name"),
+        ("name", "half \ud800", "not one plain file name"),
+        ("name", "x" * 101, "not one plain file name"),
         ("components.transformer.parity.rows", [1, "2"], "components.transformer.parity.rows[1] is '2', expected int"),
     ],
 )
@@ -95,6 +104,21 @@ def test_a_truncated_file_is_seen_at_opening_and_a_changed_one_by_verify(copy):
         Bundle.open(copy)
     graph.unlink()
     with pytest.raises(BundleError, match="missing"):
+        Bundle.open(copy)
+
+
+def test_files_beside_the_graphs_are_checked_too(copy):
+    vocabulary = copy / "tokenizer_2" / "vocab.json"
+    content = vocabulary.read_text(encoding="utf-8")
+    vocabulary.write_text(content.replace('"a": 1, "b": 2', '"a": 2, "b": 1'), encoding="utf-8")
+    bundle = Bundle.open(copy)
+    with pytest.raises(BundleError, match=r"vocab\.json: SHA-256 differs"):
+        bundle.verify()
+    vocabulary.write_text(content[:-9], encoding="utf-8")
+    with pytest.raises(BundleError, match=r"vocab\.json: .* truncated or replaced"):
+        Bundle.open(copy)
+    shutil.rmtree(copy / "tokenizer_2")
+    with pytest.raises(BundleError, match=r"tokenizer_2.*: missing"):
         Bundle.open(copy)
 
 

@@ -139,6 +139,16 @@ def test_inspect_verify_finds_a_changed_byte(bundles, tmp_path, capsys):
     assert "SHA-256 differs" in capsys.readouterr().err
 
 
+def test_inspect_verify_opens_tokenizers_that_are_not_recorded(bundles, tmp_path, capsys):
+    folder = shutil.copytree(bundles["sd3"], tmp_path / "copy")
+    tiny_bundle.change(folder, files=())
+    assert main(["inspect", str(folder), "--verify"]) == 0
+    assert "no others are recorded" in capsys.readouterr().out
+    shutil.rmtree(folder / "tokenizer_2")
+    assert main(["inspect", str(folder), "--verify"]) == 2
+    assert "tokenizer_2: neither tokenizer.json" in capsys.readouterr().err
+
+
 def test_a_process_ends_with_one_line_and_no_traceback(tmp_path):
     done = run("generate", "red", "--model", tmp_path / "none")
     assert done.returncode == 2

@@ -49,6 +49,11 @@ def test_what_is_cut_is_told(tmp_path, caplog):
     assert caplog.messages == ["tokenizer: the prompt is cut to 6 tokens; lost: 'Blue sky'"]
 
 
+def write(name, content):
+    """A damage: other bytes or text in a file of the folder."""
+    return lambda folder: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -56,6 +61,18 @@ def test_what_is_cut_is_told(tmp_path, caplog):
         (lambda folder: (folder / "vocab.json").write_text("{", encoding="utf-8"), "not valid JSON"),
         (lambda folder: (folder / "tokenizer.json").write_text("{", encoding="utf-8"), "not valid JSON"),
         (lambda folder: (folder / "tokenizer_config.json").write_text('{"pad_token": "?"}', encoding="utf-8"), "'\\?'"),
+        (write("tokenizer_config.json", '{"pad_token": 5}'), "pad_token is 5, expected a text"),
+        (write("tokenizer_config.json", '{"pad_token": {"x": 1}}'), "pad_token is .*, expected a text"),
+        (write("tokenizer_config.json", '{"pad_token": "!", "unk_token": "?"}'), "unk_token '\\?' is not in"),
+        (write("tokenizer_config.json", '{"pad_token": "!", "bos_token": "?"}'), "'\\?' is not in the vocabulary"),
+        (write("tokenizer.json", '{"version": "1.0"}'), "not a tokenizer .*Model missing"),
+        (write("tokenizer.json", '{"version": "1.0", "model": 5}'), "not a tokenizer"),
+        (write("merges.txt", "#version: 0.2\nre\n"), "not a tokenizer .*Merges"),
+        (write("merges.txt", "r e\nre q\n"), "not a tokenizer .*out of vocabulary"),
+        (write("merges.txt", b"r \xff\n"), "merges.txt: not UTF-8"),
+        (write("vocab.json", '{"<|startoftext|>": "0", "<|endoftext|>": 1}'), "not a tokenizer"),
+        (write("vocab.json", '{"<|startoftext|>": -1, "<|endoftext|>": 1}'), "not a tokenizer"),
+        (write("vocab.json", "{}"), "'<.startoftext.>' is not in the vocabulary"),
     ],
 )
 def test_a_damaged_tokenizer_is_one_line(tmp_path, damage, words):

@@ -191,8 +191,18 @@ def bundle(folder: Path, family: str = "sd3", *, bare: bool = False, tables=(), 
         tables=tuple(name for name, _ in tables),
         exported_by={"by": "hand"},
     )
-    configurations(folder, facts) if bare else write_facts(folder, facts)
+    configurations(folder, facts) if bare else write_facts(folder, dataclasses.replace(facts, files=others(folder)))
     return folder
+
+
+def others(folder: Path) -> tuple[Stored, ...]:
+    """What a bundle records beside its graphs, as the exporter finds it."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".onnx")
+    return tuple(
+        Stored(path.relative_to(folder).as_posix(), path.stat().st_size, sha256(path))
+        for path in found
+        if path.parent.name != "tables" and path.name != "bundle.json"
+    )
 
 
 def configurations(folder: Path, facts: Facts) -> None:

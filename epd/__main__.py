@@ -20,6 +20,9 @@ def main(arguments: list[str] | None = None) -> int:
         told = f"{error.filename or 'file'}: {error.strerror}" if error.strerror else error
         print(f"error: {told}", file=sys.stderr)
         return 2
+    except MemoryError:
+        print("error: not enough memory; close other programs, or give a smaller file", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

@@ -26,8 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_BYTES = 1 << 20  # of a file; the published ones have 8 thousand
-MAX_OPCODES = 50_000  # of one pickle; the published ones have 600
+MAX_OPCODES = 50_000  # of a file and all pickles in it; the published ones have 600
 MAX_ELEMENTS = 1 << 16  # of one tensor; the published ones have 20
+MAX_COPIED = 1 << 18  # in all: numbers of tensors and storages, entries of copied dicts; the published need far less
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # of torch's format before zip
 STORAGES = {
@@ -52,7 +53,21 @@ def read(data: bytes) -> Any:
     if len(data) > MAX_BYTES:
         raise ValueError(f"refused: {len(data)} bytes, a snapshot has at most {MAX_BYTES}")
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of odd escapes in a hostile name
-        return _run(io.BytesIO(data), calls=CALLS, objects=OBJECTS)
+        return _run(io.BytesIO(data), _Budget(), calls=CALLS, objects=OBJECTS)
+
+
+@dataclass
+class _Budget:
+    """What a file may still cost: a few bytes of it can ask for the same copy over and over."""
+
+    opcodes: int = MAX_OPCODES
+    copied: int = MAX_COPIED
+
+    def spend(self, opcodes: int = 0, copied: int = 0) -> None:
+        self.opcodes -= opcodes
+        self.copied -= copied
+        _rule(self.opcodes >= 0, f"more than {MAX_OPCODES} opcodes")
+        _rule(self.copied >= 0, f"more than {MAX_COPIED} numbers and dict entries in all")
 
 
 @dataclass(frozen=True)
@@ -75,11 +90,12 @@ class _Stored:
         return np.frombuffer(raw, self.kind)
 
 
-def _run(stream: io.BytesIO, **names: Any) -> Any:
+def _run(stream: io.BytesIO, budget: _Budget, **names: Any) -> Any:
     """What the pickle at the stream's position builds; leaves the stream behind its end."""
-    machine = _Machine(**names)
+    machine = _Machine(budget, **names)
     opcodes = pickletools.genops(stream)
-    for _ in range(MAX_OPCODES):
+    while True:
+        budget.spend(opcodes=1)
         try:
             opcode, argument, _position = next(opcodes)
         except ValueError as error:  # cut off, an unknown opcode, text that is none
@@ -92,14 +108,16 @@ def _run(stream: io.BytesIO, **names: Any) -> Any:
             ACTIONS[opcode.name](machine, argument)
         else:
             _refuse(f"opcode {opcode.name}")
-    return _refuse(f"more than {MAX_OPCODES} opcodes")
 
 
 @dataclass
 class _Machine:
     """The stack machine of a pickle, for data alone."""
 
-    calls: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # our own builder for each name
+    budget: _Budget
+    calls: Mapping[str, Callable[..., Any]] = field(
+        default_factory=dict
+    )  # our own builder for each name: (budget, *arguments)
     objects: tuple[str, ...] = ()  # names whose objects are taken as a `Module`
     storages: Mapping[str, np.dtype[Any]] = field(default_factory=dict)
     stack: list[Any] = field(default_factory=list)
@@ -162,7 +180,7 @@ class _Machine:
         if name.path not in self.calls:
             _refuse(f"a call of {name.path}")
         try:
-            self.stack.append(self.calls[name.path](*arguments))
+            self.stack.append(self.calls[name.path](self.budget, *arguments))
         except TypeError as error:
             raise ValueError(f"refused: {name.path} with {len(arguments)} arguments") from error
 
@@ -175,6 +193,7 @@ class _Machine:
     def build(self, _: Any) -> None:
         state = self.pop()
         _rule(isinstance(state, dict), "the state of an object is no dict")
+        self.budget.spend(copied=len(state))
         self.top(Module).update(state)
 
     def stored(self, _: Any) -> None:
@@ -235,25 +254,26 @@ ACTIONS: Mapping[str, Action] = {
 }
 
 
-def _storage(blob: Any) -> NDArray[Any]:
+def _storage(budget: _Budget, blob: Any) -> NDArray[Any]:
     """The numbers of one tensor's storage, itself a file that torch wrote."""
     _rule(isinstance(blob, bytes), "a tensor's storage is no bytes")
-    return _zipped(blob) if blob.startswith(b"PK") else _legacy(blob)
+    budget.spend(copied=len(blob) // 4)
+    return _zipped(budget, blob) if blob.startswith(b"PK") else _legacy(budget, blob)
 
 
-def _legacy(blob: bytes) -> NDArray[Any]:
+def _legacy(budget: _Budget, blob: bytes) -> NDArray[Any]:
     """Four pickles (magic, version, system, object), the keys of the storages, then for each its count and numbers."""
     stream = io.BytesIO(blob)
-    magic, _, system = (_run(stream) for _ in range(3))
+    magic, _, system = (_run(stream, budget) for _ in range(3))
     _rule(magic == LEGACY_MAGIC, "a tensor's storage is in no format of torch")
     _rule(isinstance(system, dict) and system.get("little_endian") is True, "a storage that is not little-endian")
-    stored = _run(stream, storages=STORAGES)
-    _rule(isinstance(stored, _Stored) and _run(stream) == [stored.key], "a tensor's storage is not one storage")
+    stored = _run(stream, budget, storages=STORAGES)
+    _rule(isinstance(stored, _Stored) and _run(stream, budget) == [stored.key], "a tensor's storage is not one storage")
     _rule(int.from_bytes(stream.read(8), "little") == stored.count, "a tensor's storage counts its numbers wrongly")
     return stored.decode(stream.read())  # type: ignore[no-any-return]
 
 
-def _zipped(blob: bytes) -> NDArray[Any]:
+def _zipped(budget: _Budget, blob: bytes) -> NDArray[Any]:
     """A zip, uncompressed, of data.pkl (the object) and data/KEY (its numbers), under a folder of any name.
 
     zipfile only reads; a file that is damaged, encrypted or incomplete makes it raise any of the errors below.
@@ -263,7 +283,7 @@ def _zipped(blob: bytes) -> NDArray[Any]:
             files = {info.filename.partition("/")[2]: info for info in archive.infolist()}
             plain = all(info.compress_type == zipfile.ZIP_STORED for info in files.values())
             _rule(plain and sum(info.file_size for info in files.values()) <= len(blob), "a compressed storage")
-            stored = _run(io.BytesIO(archive.read(files["data.pkl"])), storages=STORAGES)
+            stored = _run(io.BytesIO(archive.read(files["data.pkl"])), budget, storages=STORAGES)
             _rule(isinstance(stored, _Stored), "a tensor's storage is not one storage")
             order = archive.read(files["byteorder"]) if "byteorder" in files else b"little"
             _rule(order == b"little", "a storage that is not little-endian")
@@ -273,7 +293,14 @@ def _zipped(blob: bytes) -> NDArray[Any]:
 
 
 def _tensor(
-    storage: Any, offset: Any, size: Any, stride: Any, _requires_grad: Any, _hooks: Any, _metadata: Any = None
+    budget: _Budget,
+    storage: Any,
+    offset: Any,
+    size: Any,
+    stride: Any,
+    _requires_grad: Any,
+    _hooks: Any,
+    _metadata: Any = None,
 ) -> NDArray[Any]:
     _rule(isinstance(storage, np.ndarray) and storage.ndim == 1, "a tensor without a storage")
     _rule(isinstance(size, tuple) and isinstance(stride, tuple) and len(size) == len(stride) <= 4, "a tensor's shape")
@@ -281,6 +308,7 @@ def _tensor(
     _rule(whole and 0 < math.prod(size) <= MAX_ELEMENTS, f"a tensor of none or more than {MAX_ELEMENTS} numbers")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     _rule(last < len(storage), "a tensor that reaches beyond its storage")
+    budget.spend(copied=math.prod(size))
     index = np.full(size, offset)
     for axis, step in zip(np.indices(size), stride, strict=True):
         if axis.any():  # an axis of one entry may have any stride
@@ -288,18 +316,19 @@ def _tensor(
     return np.asarray(storage[index])
 
 
-def _parameter(data: Any, _requires_grad: Any, _hooks: Any) -> Any:
+def _parameter(_: _Budget, data: Any, _requires_grad: Any, _hooks: Any) -> Any:
     _rule(isinstance(data, np.ndarray), "a parameter that is no tensor")
     return data
 
 
-def _persistent(meta: Any) -> Module:
+def _persistent(budget: _Budget, meta: Any) -> Module:
     known = isinstance(meta, dict) and meta.get("type") == "class" and isinstance(meta.get("state"), dict)
     _rule(known, "a persistent object without a state")
+    budget.spend(copied=len(meta["state"]))
     return Module(meta["state"])
 
 
-def _ordered() -> dict[str, Any]:
+def _ordered(_: _Budget) -> dict[str, Any]:
     return {}
 
 

@@ -18,6 +18,7 @@ import torch
 import epd
 from epd import catalogue
 from epd import snapshot as reader
+from epd.__main__ import main
 from epd.importer import import_table
 
 from .snapshots import METADATA, PARAMETERS, dumps, lookalikes, predictor, raw_parameters, reduce_to_zip, snapshot
@@ -451,6 +452,58 @@ def test_bombs(read, case):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 64 << 20
+
+
+def again(head, step, count=8000):
+    """A pickle that appends `step` to a list over and over; `head` leaves a name and arguments in the memo."""
+    return b"\x80\x02" + head + b"]" + step * count + b"."
+
+
+def repeated():
+    """Files of a few kilobytes whose every few bytes ask for another large copy."""
+    call = b"h\xf0h\xf1Ra"  # of the name and the arguments in the memo
+    tensor = with_blob(BLOBS["whole"][0], size=(1 << 16,), stride=(0,))[2:-2]  # less protocol, REDUCE and STOP
+    arguments = tensor.removeprefix(named("torch._utils", "_rebuild_tensor_v2"))
+    yield "tensors", again(named("torch._utils", "_rebuild_tensor_v2") + b"q\xf0" + arguments + b"q\xf1", call)
+    entries = b"}(" + b"".join(b"M" + struct.pack("<H", i) + b"N" for i in range(2000)) + b"u"
+    reconstruct = named("torch_utils.persistence", "_reconstruct_persistent_obj")
+    meta = b"}(" + text("type") + text("class") + text("state") + entries + b"u\x85"
+    yield "persistent objects", again(reconstruct + b"q\xf0" + meta + b"q\xf1", call)
+    easy = named("dnnlib.util", "EasyDict") + b"q\xf0"
+    yield "states", again(easy + entries + b"q\xf1", b"h\xf0)\x81h\xf1ba")
+    blob = b"".join([*LEGACY, STORED.replace(b"K\x06", b"M\x00\x40"), KEYS, struct.pack("<q", 1 << 14), bytes(1 << 16)])
+    load = named("torch.storage", "_load_from_bytes") + b"q\xf0B" + struct.pack("<I", len(blob)) + blob + b"\x85q\xf1"
+    yield "storages", again(load, call)
+
+
+@pytest.mark.parametrize("case", ["tensors", "persistent objects", "states", "storages"])
+def test_repeated_copies_are_one_budget(case):
+    """Each step is small and allowed; a few of them are read, thousands of them refused early."""
+    data = dict(repeated())[case]
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"refused: more than 262144 numbers and dict entries in all"):
+        reader.read(data)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 << 20
+
+
+def test_opcodes_of_nested_pickles_count():
+    head, call = named("torch.storage", "_load_from_bytes") + b"q\xf0", b"h\xf0h\xf1Ra"
+    nested = pickle.dumps([None] * 5000, 2)  # in the place of a version, which may be anything
+    blob = b"".join([LEGACY[0], nested, *LEGACY[2:], STORED, KEYS, SIX])
+    with pytest.raises(ValueError, match="refused: more than 50000 opcodes"):
+        reader.read(again(head + b"B" + struct.pack("<I", len(blob)) + blob + b"\x85q\xf1", call, 20))
+
+
+def test_too_little_memory_is_one_line(tmp_path, capsys, monkeypatch):
+    def fails(data):
+        raise MemoryError
+
+    monkeypatch.setattr(reader, "read", fails)
+    (tmp_path / "predictor.pkl").write_bytes(b"x")
+    assert main(["import", str(tmp_path / "predictor.pkl"), "-o", str(tmp_path / "t.json")]) == 2
+    assert capsys.readouterr().err == "error: not enough memory; close other programs, or give a smaller file\n"
 
 
 def test_truncated_anywhere(read, canary):

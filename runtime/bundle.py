@@ -139,8 +139,6 @@ class Facts:
         str, ...
     ] = ()  # solver tables that belong to it, paths relative to the bundle; the first is the default
     exported_by: Mapping[str, str] = field(default_factory=dict)  # package -> version
-    # Every other file but bundle.json and the tables: index, scheduler, tokenizers, configurations, prompts.
-    files: tuple[Stored, ...] = ()  # empty: written before they were recorded
 
 
 @dataclass(frozen=True)

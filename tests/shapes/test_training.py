@@ -65,6 +65,8 @@ def test_a_published_checkpoint_opens_in_plain_diffusers(family):
     card = (CHECKPOINTS / f"shapes-{family}" / "README.md").read_text(encoding="utf-8")
     assert f"{DRAWING[family].steps} steps" in card
     assert float(re.search(r"at ([0-9.]+) dB PSNR", card)[1]) >= 30
+    assert float(re.search(r"\*\*Accuracy\*\*: ([0-9.]+)%", card)[1]) >= 95
+    assert float(re.search(r"with an unseen colour-shape pair \| ([0-9.]+)%", card)[1]) >= 95
 
 
 def test_both_checkpoints_stay_small():

@@ -125,7 +125,7 @@ def flow_euler(n: int, shift: float = 3.0, num_train_timesteps: int = 1000) -> F
 
 
 def flow_even(n: int, shift: float = 3.0, num_train_timesteps: int = 1000) -> Floats:
-    """n + 1 decreasing times ending at 0: diffusers' DPM-Solver, UniPC and DEIS schedulers with use_flow_sigmas.
+    """n + 1 decreasing times ending at 0: diffusers' DPMSolverMultistepScheduler with use_flow_sigmas.
 
     Evenly spaced from 1 - 1 / num_train_timesteps to 0, then shifted. Unlike `flow_euler` it has no last node close to
     0, before which multistep methods extrapolate far.

@@ -144,7 +144,7 @@ class Table:
         """Read a table file; ValueError names the file and the broken rule, OSError if it cannot be read."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:  # JSON that is cut off or no JSON, or bytes that are no UTF-8
+        except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, an endless integer; nested without end
             raise ValueError(f"{path}: not a table, no valid JSON ({error})") from error
         return cls.from_json(data, str(path))
 

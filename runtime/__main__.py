@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import sys
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; 0, 2 for a user's mistake (one line on stderr), 130 for Ctrl-C."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path that the console's encoding has not
     options = _parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     from .errors import RunError
@@ -80,7 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     draw.add_argument("-k", type=int, metavar="K", help="directions of epd without a table (default 2)")
     draw.add_argument("--provider", default="cpu", metavar="NAME", help="ONNX Runtime execution provider (default cpu)")
     draw.add_argument("--provider-option", action="append", default=[], metavar="KEY=VALUE", help="may be repeated")
-    draw.add_argument("-o", "--output", type=Path, metavar="PNG", help="file, or folder (default: MODEL-SEED.png here)")
+    draw.add_argument(
+        "-o", "--output", type=_path, metavar="PNG", help="file, or folder (default: MODEL-SEED.png here)"
+    )
     draw.add_argument("--json", action="store_true", help="print one object on stdout")
 
     _add_fit(commands)
@@ -97,6 +102,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     look.add_argument("--json", action="store_true", help="print one object on stdout")
     return parser
+
+
+def _path(text: str) -> Path:
+    if not text:  # which Path takes for the current folder
+        raise argparse.ArgumentTypeError("is empty; give a path, or leave the option out")
+    return Path(text)
 
 
 def _add_fit(commands: Any) -> None:
@@ -125,11 +136,12 @@ def _add_fit(commands: Any) -> None:
     learn.add_argument("--provider-option", action="append", default=[], metavar="KEY=VALUE", help="may be repeated")
     learn.add_argument(
         "--teacher",
+        type=_path,
         metavar="DIR",
         help="another bundle of the model, of higher precision, whose pictures are to be met",
     )
-    learn.add_argument("--work", type=Path, metavar="DIR", help="keep trajectories here, for further tables, too")
-    learn.add_argument("-o", "--output", type=Path, metavar="JSON", help="table (default: MODEL-kK-callsM.json here)")
+    learn.add_argument("--work", type=_path, metavar="DIR", help="keep trajectories here, for further tables, too")
+    learn.add_argument("-o", "--output", type=_path, metavar="JSON", help="table (default: MODEL-kK-callsM.json here)")
     learn.add_argument("--install", action="store_true", help="make it one of the bundle's tables, too")
     learn.add_argument("--json", action="store_true", help="print one object on stdout")
 
@@ -142,7 +154,9 @@ def _generate(options: argparse.Namespace) -> None:
 
     asked = _asked(options)
     pipe = Pipeline.from_pretrained(
-        options.model or DEFAULT, provider=options.provider, provider_options=_pairs(options.provider_option)
+        DEFAULT if options.model is None else options.model,
+        provider=options.provider,
+        provider_options=_pairs(options.provider_option),
     )
     if options.from_metadata is not None:
         asked = _recorded(options.from_metadata, pipe, asked) | asked
@@ -217,7 +231,7 @@ def _recorded(file: Path, pipe: Pipeline, asked: dict[str, Any]) -> dict[str, An
     from .record import recorded
 
     prompt, negative, settings = png.read_parameters(file)
-    return {"prompt": prompt, "negative_prompt": negative} | recorded(file, settings, pipe.bundle, asked)
+    return {"prompt": prompt, "negative_prompt": negative} | recorded(file, settings, pipe.bundle, asked, pipe.provider)
 
 
 def _parameters(bundle: Bundle, result: Result, seed: int) -> str:
@@ -260,7 +274,9 @@ def _fit(options: argparse.Namespace) -> None:
     from .pipeline import DEFAULT, Pipeline
 
     pipe = Pipeline.from_pretrained(
-        options.model or DEFAULT, provider=options.provider, provider_options=_pairs(options.provider_option)
+        DEFAULT if options.model is None else options.model,
+        provider=options.provider,
+        provider_options=_pairs(options.provider_option),
     )
     if options.install and pipe.bundle.foreign:
         _refuse(f"{pipe.bundle.folder}: no bundle.json to install a table in; leave --install out")
@@ -305,7 +321,7 @@ def _inspect(options: argparse.Namespace) -> None:
     from .inspect import describe, verify
     from .pipeline import DEFAULT, find
 
-    bundle = Bundle.open(find(options.folder or DEFAULT))
+    bundle = Bundle.open(find(DEFAULT if options.folder is None else options.folder))
     if options.verify:
         verify(bundle)
     if options.json:

@@ -36,6 +36,8 @@ REQUIRED: dict[Family, tuple[str, ...]] = {
 _STEPS: dict[Family, int] = {"sd3": 28, "sd15": 50}
 _GUIDANCE: dict[Family, float] = {"sd3": 7.0, "sd15": 7.5}
 _T5_TOKENS = 256
+_CLIP_TOKENS = 77  # positions that CLIP's text encoders have
+_MOST = 2**20  # of any whole number below: more is a damaged file
 
 
 @dataclass(frozen=True)
@@ -203,9 +205,11 @@ class Bundle:
     def sample_size(self) -> tuple[int | None, int | None]:
         """Height and width in pixels that the backbone's configuration names, which diffusers draws by default."""
         size = _config(self.folder, f"{self.backbone}/config.json").get("sample_size")
-        height, width = size if isinstance(size, list) else (size, size)
-        factor = self.facts.latent.factor
-        return height and height * factor, width and width * factor
+        sides = size if isinstance(size, list) else [size, size]
+        if len(sides) != 2 or not all(side is None or _whole(side) for side in sides):
+            raise BundleError(f"{self.folder}: {self.backbone}/config.json: sample_size is {size!r:.60}; give pixels")
+        height, width = (side and side * self.facts.latent.factor for side in sides)
+        return height, width
 
     def verify(self) -> None:
         """Compares the SHA-256 of every recorded file with the one it was written with: reads all of them.
@@ -274,12 +278,21 @@ def describe(
     Raises
     ------
     BundleError
-        If the folder is no checkpoint of the two families, or one of those files or a key in it is missing.
+        If the folder is no checkpoint of the two families, one of those files or a key in it is missing, or a number
+        in them is none or out of range.
     """
     try:
-        return _describe(folder, name, source, defaults, t5_tokens)
+        facts = _describe(folder, name, source, defaults, t5_tokens)
     except KeyError as error:
         raise BundleError(f"{folder}: a configuration lacks {error}; give a whole diffusers folder") from None
+    except TypeError as error:
+        raise BundleError(
+            f"{folder}: a configuration holds another kind of value than diffusers writes ({error}); "
+            "give a whole diffusers folder"
+        ) from None
+    checked: Facts = parse(Facts, json.loads(json.dumps(asdict(facts))), folder)
+    _check_numbers(folder, checked)
+    return checked
 
 
 def _describe(folder: Path, name: str, source: Source, defaults: Defaults | None, t5_tokens: int) -> Facts:
@@ -287,10 +300,11 @@ def _describe(folder: Path, name: str, source: Source, defaults: Defaults | None
     schedule = _config(folder, "scheduler/scheduler_config.json")
     backbone = _config(folder, f"{BACKBONE[family]}/config.json")
     vae = _config(folder, *(f"{part}/config.json" for part in ("vae", "vae_decoder")))
-    tokens = min(
-        _config(folder, f"{part}/tokenizer_config.json").get("model_max_length", 77)
+    limits = (  # transformers writes 10^30 where a tokenizer has none
+        _config(folder, f"{part}/tokenizer_config.json").get("model_max_length", _CLIP_TOKENS)
         for part in (("tokenizer", "tokenizer_2") if family == "sd3" else ("tokenizer",))
     )
+    tokens = min(_CLIP_TOKENS, *limits)
     latent = Latent(
         channels=backbone["in_channels"],
         factor=2 ** (len(vae["block_out_channels"]) - 1),
@@ -340,6 +354,7 @@ def read_facts(file: Path) -> Facts:
     for path in (*(part.graph for part in parts), *(one.path for one in stored), *facts.tables):
         _check_inside(file, path)
     _check_name(file, facts.name)
+    _check_numbers(file, facts)
     return facts
 
 
@@ -381,6 +396,41 @@ def _config(folder: Path, *candidates: str) -> dict[str, Any]:
         if (folder / candidate).is_file():
             return load_json(folder / candidate)
     raise BundleError(f"{folder}: {candidates[0]} is missing; give a whole diffusers folder")
+
+
+def _check_numbers(file: Path, facts: Facts) -> None:
+    """Ranges of the numbers that the runtime counts with, and the kind of those in the schedule."""
+    latent, text, defaults, schedule = facts.latent, facts.text, facts.defaults, facts.schedule
+    sd3 = facts.family == "sd3"
+    sizes = {f"latent.{name}": getattr(latent, name) for name in ("channels", "factor", "patch", "down")}
+    sizes |= {f"defaults.{name}": getattr(defaults, name) for name in ("height", "width", "steps")}
+    train_steps, offset = schedule.get("num_train_timesteps", 1000), schedule.get("steps_offset", 0)
+    shift = schedule.get("shift", 1.0) if sd3 else 1.0
+    checks = [(name, value, value is None or _whole(value)) for name, value in sizes.items()]
+    checks += [
+        ("latent.scaling", latent.scaling, _number(latent.scaling) and latent.scaling > 0),
+        ("latent.shift", latent.shift, _number(latent.shift)),
+        ("text.clip_tokens", text.clip_tokens, _whole(text.clip_tokens, 2)),  # the first and the last are its own
+        ("text.t5_tokens", text.t5_tokens, _whole(text.t5_tokens, 0)),
+        ("text.joint_width", text.joint_width, _whole(text.joint_width, 1 if sd3 else 0)),
+        ("defaults.guidance", defaults.guidance, _number(defaults.guidance)),
+        ("schedule.num_train_timesteps", train_steps, _whole(train_steps)),
+        ("schedule.steps_offset", offset, _whole(offset, 0)),
+        ("schedule.shift", shift, _number(shift) and shift > 0),
+    ]
+    betas = () if sd3 else ("beta_start", "beta_end")
+    checks += [(f"schedule.{name}", schedule[name], _number(schedule[name])) for name in betas if name in schedule]
+    for name, value, fits in checks:
+        if not fits:
+            raise BundleError(f"{file}: {name} is {value!r:.60}, out of its range; export or copy the bundle again")
+
+
+def _whole(value: Any, least: int = 1) -> bool:
+    return type(value) is int and least <= value <= _MOST
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= _MOST  # which NaN is not
 
 
 def _check_name(file: Path, name: str) -> None:

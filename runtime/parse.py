@@ -10,12 +10,14 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .errors import BundleError
 
+_EXACT = 2**53  # whole numbers below it are floats, too
+
 
 def load_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; BundleError if it holds something else."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, an endless integer; nested without end
         raise BundleError(f"{file}: not valid JSON ({error}); the file is damaged, export or copy it again") from None
     if not isinstance(content, dict):
         raise BundleError(
@@ -44,7 +46,7 @@ def parse(kind: Any, value: Any, file: Path, where: str = "") -> Any:
     if origin is not None:  # Mapping[str, X]
         items = _expect(dict, value, file, where)
         return {key: parse(arguments[1], item, file, f"{where}.{key}") for key, item in items.items()}
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < _EXACT:
         return float(value)
     return value if kind is Any else _expect(kind, value, file, where)
 

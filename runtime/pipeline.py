@@ -12,7 +12,8 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -166,7 +167,7 @@ class Pipeline:
         RequestError
             What is asked for does not fit the bundle or the table.
         NotFiniteError
-            NaN or infinity in a component's output; names the component and the step.
+            NaN or infinity in a component's output; names the component and the step, or that it encoded or decoded.
         """
         if output_type not in ("pil", "np", "latent"):
             raise RequestError(f"output_type must be pil, np or latent, got {output_type!r}")
@@ -196,7 +197,8 @@ class Pipeline:
     ) -> Result:
         """Carries out a plan: encode, prior, solve, decode."""
         clock = _Clock(self)
-        slopes = self.slopes([plan.prompt], plan.guidance, plan.negative_prompt, plan.guidance_interval)
+        with _stage("while encoding"):
+            slopes = self.slopes([plan.prompt], plan.guidance, plan.negative_prompt, plan.guidance_interval)
         clock.lap("encode")
 
         if slopes.directions == "calls" and plan.wide:
@@ -226,7 +228,8 @@ class Pipeline:
         x = step.x / plan.end_scale
         clock.lap("denoise")
 
-        images: Any = x.astype(np.float32) if output_type == "latent" else self.decode(x)
+        with _stage("while decoding"):
+            images: Any = x.astype(np.float32) if output_type == "latent" else self.decode(x)
         if output_type == "pil":
             images = [Image.fromarray(np.rint(image * 255).astype(np.uint8)) for image in images]
         clock.lap("decode")
@@ -298,8 +301,18 @@ class Pipeline:
         )
 
 
+@contextmanager
+def _stage(when: str) -> Iterator[None]:
+    try:
+        yield
+    except NotFiniteError as error:
+        raise NotFiniteError(f"{error} ({when})") from None
+
+
 def find(model: str | Path) -> Path:
     """The folder of a model: one that ships with this package by its name, or any path."""
+    if not str(model):
+        raise RequestError("the model is an empty text; give a bundle's folder, or leave it out")
     shipped = BUILT_IN / model
     if Path(model).name == str(model) and (shipped / "bundle.json").is_file():
         return shipped

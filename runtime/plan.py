@@ -198,7 +198,7 @@ def _solver(
 ) -> tuple[str, epd.Table | None, str]:
     """Name, table and what to call the table: what was asked for, else the bundle's own."""
     facts = bundle.facts
-    name = solver or facts.defaults.solver
+    name = facts.defaults.solver if solver is None else solver
     if name != "epd" and name not in METHODS:
         raise RequestError(f"unknown solver {name!r}; choose from {', '.join([*METHODS, 'epd'])}")
     if (table is not None or calls is not None) and solver not in (None, "epd"):

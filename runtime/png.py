@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import os
 import re
-import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,8 @@ def read_parameters(file: Path) -> tuple[str, str, dict[str, str]]:
         with Image.open(file) as image:
             image.load()
             text = image.info.get(CHUNK)
-    except UnidentifiedImageError:
-        raise RequestError(f"{file}: not a picture; give a PNG made by this program") from None
+    except (UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError):  # what Pillow calls damage
+        raise RequestError(f"{file}: not a picture of this program; give a PNG made by it") from None
     except OSError as error:
         raise RequestError(f"{file}: {error.strerror or error}; give a PNG made by this program") from None
     if not isinstance(text, str):
@@ -86,7 +86,7 @@ def save(image: Image.Image, file: Path, parameters: str) -> None:
     """Writes a PNG with its parameters, to a temporary name first; OSError leaves nothing behind."""
     info = PngImagePlugin.PngInfo()
     info.add_text(CHUNK, parameters)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    partial = _partial(file)
     try:
         image.save(partial, format="PNG", pnginfo=info)
         os.replace(partial, file)
@@ -95,16 +95,33 @@ def save(image: Image.Image, file: Path, parameters: str) -> None:
 
 
 def check_writable(file: Path, suffix: str = ".png") -> None:
-    """RequestError if a file of this suffix cannot be written there: called before the work starts."""
+    """RequestError if a file of this suffix cannot be written there: called before the work starts.
+
+    Does what `save` will do, with an empty file: writes its temporary name, and renames it if that replaces nothing.
+    """
     if file.suffix.lower() != suffix:
         raise RequestError(f"{file}: it is written as {suffix}; give such a name")
-    if file.is_dir():
-        raise RequestError(f"{file}: a folder; give a file name")
+    partial = _partial(file)
     try:
-        with tempfile.TemporaryFile(dir=file.parent):
-            pass
+        if file.is_dir():
+            raise RequestError(f"{file}: a folder; give a file name")
+        partial.touch()
+        if file.exists():
+            with file.open("r+b"):  # neither read-only nor, on Windows, open elsewhere
+                pass
+        elif not file.is_symlink():
+            os.replace(partial, file)
+            file.unlink()
     except OSError as error:
         raise RequestError(f"{file}: cannot be written ({error.strerror}); give another -o/--output") from None
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _partial(file: Path) -> Path:
+    """The temporary name of a file that is being written: short, that any name may be given to the file."""
+    return file.parent / f".{os.getpid()}.partial"
 
 
 def _line(settings: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from .bundle import Bundle
 from .errors import RequestError
 from .plan import Plan
 from .png import version
+from .session import provider_name
 from .tables import load_table
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
     from .pipeline import Report
 
+log = logging.getLogger(__name__)
 _HASH = 16  # digits kept of a SHA-256
 _SAMPLERS = {  # names that other tools know; every other solver has its own
     "euler": "Euler", "euler_ancestral": "Euler a", "heun": "Heun", "dpm2": "DPM2", "dpmpp_2m": "DPM++ 2M",
@@ -51,8 +54,12 @@ def settings(bundle: Bundle, plan: Plan, report: Report, seed: int) -> dict[str,
     return line | {"Provider": report.provider["ran"], "Precision": backbone}
 
 
-def recorded(file: Path, line: Mapping[str, str], bundle: Bundle, asked: Mapping[str, Any]) -> dict[str, Any]:
+def recorded(
+    file: Path, line: Mapping[str, str], bundle: Bundle, asked: Mapping[str, Any], provider: str
+) -> dict[str, Any]:
     """Arguments of `make_plan` from a picture's settings line, without those that what is `asked` replaces.
+
+    A warning says where `provider` or the backbone's precision is another than the picture's.
 
     Raises
     ------
@@ -72,6 +79,9 @@ def recorded(file: Path, line: Mapping[str, str], bundle: Bundle, asked: Mapping
             f"{file}: drawn with another export of {facts.name} (bundle {line.get('Bundle hash')}); "
             "give that bundle with --model"
         )
+    here = {"Provider": provider_name(provider), "Precision": facts.components[bundle.backbone].precision}
+    if other := [f"{key} {line.get(key)} (here {value})" for key, value in here.items() if line.get(key) != value]:
+        log.warning("%s was drawn with %s: the picture may differ", file, ", ".join(other))
     try:
         width, height = map(int, line["Size"].split("x"))
         arguments: dict[str, Any] = {

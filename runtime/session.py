@@ -186,15 +186,17 @@ class Session:
         self.calls += 1
         for name, result in zip(names, results, strict=True):
             if result.dtype.kind == "f" and not np.isfinite(result).all():
-                raise NotFiniteError(
-                    f"{self.component}: NaN or infinity in its output {name}; if it is half precision, "
-                    "export it with --dtype fp32"
-                )
+                raise NotFiniteError(f"{self.component}: NaN or infinity in its output {name}; {self._remedy()}")
         return dict(zip(names, results, strict=True))
 
     def _loaded(self) -> Any:
         self.load()
         return self._session
+
+    def _remedy(self) -> str:
+        if self.bundle.facts.components[self.component].precision == "fp32":
+            return "it is in full precision: see with `python -m runtime inspect --verify` whether it is damaged"
+        return "if it is half precision, export it with --dtype fp32"
 
     def _options(self, ort: ModuleType) -> Any:
         options = self._session_options

@@ -88,7 +88,8 @@ def check_table(facts: Facts, table: epd.Table, what: str, steps: int | None) ->
         raise RequestError(f"{what} starts analytically (afs), a flow-matching model cannot; give another table")
     if steps not in (None, table.steps):
         raise RequestError(
-            f"{what} has {table.steps} steps, asked for were {steps}; leave --steps out, or give another table"
+            f"{what} has {table.steps} steps, asked for were {steps}; leave --steps out, give another table, "
+            "or a solver that takes any number: --solver euler"
         )
 
 

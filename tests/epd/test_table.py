@@ -232,3 +232,10 @@ def test_all_is_sorted_true_and_needs_numpy_only():
     code = "import sys, epd; print(*{'torch', 'diffusers', 'transformers', 'onnxruntime'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("text", ['{"a":' * 100_000, '{"times": [' + "1" * 5000 + "]}"])
+def test_endless_json_is_no_table(tmp_path, text):
+    (tmp_path / "endless.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"endless\.json: not a table, no valid JSON"):
+        epd.Table.load(tmp_path / "endless.json")

@@ -49,6 +49,22 @@ def _set(content, path, value):
         ("components.transformer.files.0.path", "a/../../b", "leads out of the bundle"),
         ("tables", ["../t.json"], "leads out of the bundle"),
         ("files", [{"path": "../x", "bytes": 1, "sha256": ""}], "leads out of the bundle"),
+        ("latent.factor", 0, "latent.factor is 0, out of its range"),
+        ("latent.patch", 0, "latent.patch is 0, out of its range"),
+        ("latent.channels", 10**30, "latent.channels is 1000"),
+        ("latent.scaling", 0, "latent.scaling is 0.0, out of its range"),
+        ("latent.scaling", 10**400, "latent.scaling is 1000"),
+        ("latent.scaling", float("nan"), "latent.scaling is nan, out of its range"),
+        ("text.clip_tokens", 0, "text.clip_tokens is 0, out of its range"),
+        ("text.clip_tokens", -5, "text.clip_tokens is -5, out of its range"),
+        ("text.t5_tokens", -1, "text.t5_tokens is -1, out of its range"),
+        ("text.joint_width", 0, "text.joint_width is 0, out of its range"),
+        ("defaults.height", 0, "defaults.height is 0, out of its range"),
+        ("defaults.steps", 0, "defaults.steps is 0, out of its range"),
+        ("schedule.num_train_timesteps", "abc", "schedule.num_train_timesteps is 'abc', out of its range"),
+        ("schedule.num_train_timesteps", None, "schedule.num_train_timesteps is None, out of its range"),
+        ("schedule.shift", None, "schedule.shift is None, out of its range"),
+        ("schedule.shift", "abc", "schedule.shift is 'abc', out of its range"),
         ("name", "../../evil", "not one plain file name"),
         ("name", "a\\b", "not one plain file name"),
         ("name", "c:evil", "not one plain file name"),
@@ -84,7 +100,7 @@ def test_a_missing_field_is_named(copy, missing):
         Bundle.open(copy)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "\x00"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "\x00", '{"a":' * 100_000, '{"a": %s}' % ("1" * 5000)])
 def test_damaged_json(copy, text):
     (copy / "bundle.json").write_text(text, encoding="utf-8")
     with pytest.raises(BundleError, match="the file is damaged"):
@@ -159,6 +175,54 @@ def test_another_prediction_type_is_refused(tmp_path):
 def test_facts_cannot_be_changed(bundles):
     with pytest.raises(dataclasses.FrozenInstanceError):
         Bundle.open(bundles["sd3"]).facts.name = "other"
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "words"),
+    [
+        ("unet/config.json", "in_channels", "4", "latent.channels is '4', expected int"),
+        ("unet/config.json", "block_out_channels", None, "another kind of value"),
+        ("vae_decoder/config.json", "block_out_channels", None, "another kind of value"),
+        ("vae_decoder/config.json", "block_out_channels", [], "latent.factor is 0.5, expected int"),
+        ("vae_decoder/config.json", "scaling_factor", -1, "latent.scaling is -1.0, out of its range"),
+        ("tokenizer/tokenizer_config.json", "model_max_length", "77", "another kind of value"),
+        ("scheduler/scheduler_config.json", "num_train_timesteps", None, "num_train_timesteps is None"),
+        ("scheduler/scheduler_config.json", "beta_end", "0.012", "schedule.beta_end is '0.012'"),
+    ],
+)
+def test_a_damaged_configuration_is_one_line(tmp_path, name, key, value, words):
+    folder = tiny_bundle.bundle(tmp_path / "b", "sd15", bare=True)
+    _rewrite(folder / name, key, value)
+    with pytest.raises(BundleError) as refused:
+        Bundle.open(folder)
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def _rewrite(file, key, value):
+    content = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(content | {key: value}), encoding="utf-8")
+
+
+def test_sd3_patches_are_not_empty(tmp_path):
+    folder = tiny_bundle.bundle(tmp_path / "b", "sd3", bare=True)
+    _rewrite(folder / "transformer" / "config.json", "patch_size", 0)
+    with pytest.raises(BundleError, match=r"latent\.patch is 0, out of its range"):
+        Bundle.open(folder)
+
+
+def test_a_tokenizer_without_a_limit_has_that_of_clip(tmp_path):
+    folder = tiny_bundle.bundle(tmp_path / "b", "sd15", bare=True)
+    _rewrite(folder / "tokenizer" / "tokenizer_config.json", "model_max_length", int(1e30))  # as transformers writes it
+    assert Bundle.open(folder).facts.text.clip_tokens == 77
+
+
+@pytest.mark.parametrize("size", ["abc", 0, [64], [64, None, 1], [64, 1.5]])
+def test_a_damaged_sample_size_is_one_line(tmp_path, size):
+    folder = tiny_bundle.bundle(tmp_path / "b", "sd15", bare=True)
+    _rewrite(folder / "unet" / "config.json", "sample_size", size)
+    with pytest.raises(BundleError, match="sample_size is"):
+        Bundle.open(folder).sample_size()
 
 
 def test_a_configuration_without_a_key(tmp_path):

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import tiny_bundle
 from PIL import Image
 
 import epd
+from runtime import png
 from runtime.__main__ import main
 
 
@@ -91,6 +93,8 @@ def test_prompt_file(bundles, tmp_path):
         (["red", "--provider-option", "fast"], "is not KEY=VALUE"),
         (["red", "-o", "nowhere/a.png"], "cannot be written"),
         (["red", "--table", "nothing.json"], "nothing.json"),
+        (["red", "--solver", ""], "unknown solver ''"),
+        (["red", "--model", ""], "the model is an empty text"),
         (["--prompt-file", "nothing.txt"], "nothing.txt"),
         (["red", "--from-metadata", "nothing.png"], "nothing.png"),
     ],
@@ -104,6 +108,51 @@ def test_a_mistake_is_one_line_and_2(bundles, tmp_path, monkeypatch, capsys, arg
     assert captured.err.count("\n") == 1
     assert words in captured.err
     assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_output_is_refused(bundles, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "red", "--model", str(bundles["sd3"]), "-o", ""])
+    assert ended.value.code == 2
+    assert "is empty; give a path" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_folder_to_inspect_is_refused(capsys):
+    assert main(["inspect", ""]) == 2
+    assert "the model is an empty text" in capsys.readouterr().err
+
+
+def test_a_console_that_has_not_the_letters_of_a_path(bundles, tmp_path):
+    command = [sys.executable, "-m", "runtime", "generate", "red", "--model", bundles["sd3"], "-o", tmp_path / "東.png"]
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "1"}
+    done = subprocess.run(command, capture_output=True, env=environment, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode("ascii").strip().endswith("\\u6771.png")
+
+
+def test_steps_that_the_first_table_has_not_name_another_solver(tmp_path, capsys):
+    table = epd.start_table(epd.schedule.flow(3, 3.0), 2)
+    folder = tiny_bundle.bundle(tmp_path / "b", "sd3", tables=[("t.json", table)])
+    drawn = ["generate", "red", "--model", str(folder), "-o", str(tmp_path / "a.png"), "--steps", "5"]
+    assert main(drawn) == 2
+    assert "--solver euler" in capsys.readouterr().err
+    assert main([*drawn, "--solver", "euler"]) == 0
+
+
+def test_from_metadata_tells_another_provider_and_precision(bundles, tmp_path, caplog):
+    file, other = tmp_path / "a.png", tmp_path / "b.png"
+    assert main(["generate", "red", "--model", str(bundles["sd3"]), "-o", str(file)]) == 0
+    again = ["generate", "--from-metadata", str(file), "--model", str(bundles["sd3"]), "-o", str(other)]
+    assert main(again) == 0
+    assert not caplog.messages
+    with Image.open(file) as image:
+        line = image.info["parameters"].replace("CPUExec", "CUDAExec").replace("Precision: fp32", "Precision: fp16")
+        png.save(image, file, line)
+    assert main(again) == 0
+    (told,) = caplog.messages
+    assert "Provider CUDAExecutionProvider (here CPUExecutionProvider), Precision fp16 (here fp32)" in told
 
 
 def test_ctrl_c_is_130_and_one_line(bundles, tmp_path, monkeypatch, capsys):

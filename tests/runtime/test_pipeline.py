@@ -340,3 +340,19 @@ def test_tables_beyond_what_the_family_knows(bundles):
     analytic = epd.Table(times=[1.0, 0.5, 0.1], r=[[0.5], [0.5]], w=[[1.0], [1.0]], start="afs")
     with pytest.raises(RequestError, match=r"starts analytically \(afs\)"):
         Pipeline.from_pretrained(bundles["sd3"]).plan("red", table=analytic)
+
+
+@pytest.mark.parametrize(("component", "stage"), [("text_encoder", "encoding"), ("vae_decoder", "decoding")])
+def test_nan_beside_the_steps_names_the_stage(tmp_path, component, stage):
+    import onnx
+
+    folder = tiny_bundle.bundle(tmp_path / "b", "sd15", bare=True)
+    file = folder / component / "model.onnx"
+    model = onnx.load(file)
+    for weight in model.graph.initializer:
+        if weight.name in ("words", "colours"):
+            shape = tuple(weight.dims)
+            weight.CopyFrom(onnx.numpy_helper.from_array(np.full(shape, np.nan, np.float32), weight.name))
+    onnx.save(model, file)
+    with pytest.raises(NotFiniteError, match=rf"{component}: NaN .*--dtype fp32 \(while {stage}\)"):
+        Pipeline.from_pretrained(folder)("red", seed=1, num_inference_steps=2)

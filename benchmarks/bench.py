@@ -108,9 +108,12 @@ class Bench:
         return self._slopes[key]
 
     def _key(self, attempt: Attempt) -> str:
-        """What the result depends on; not the code of the solvers: give another folder when that changes."""
+        """What the result depends on; of the code only the version: give another folder when the solvers change."""
+        from runtime.png import version
+
         bundle = self.pipe.bundle
-        parts = [bundle.fingerprint() or str(bundle.folder.resolve()), list(self.prompts), NOISE_SEED, self.guidance]
+        parts: list[Any] = [version(), self.pipe.provider]
+        parts += [bundle.fingerprint() or str(bundle.folder.resolve()), list(self.prompts), NOISE_SEED, self.guidance]
         parts += [attempt.name, attempt.times, attempt.start_scale, attempt.numbers]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 

@@ -34,7 +34,7 @@ def entrants(bench: Bench, calls: Sequence[int], tables: Sequence[Path], only: S
     from runtime.errors import RequestError
 
     family = bench.pipe.bundle.facts.family
-    plans: dict[Path, Any] = {file: bench.pipe.plan("", table=file) for file in tables}
+    plans: dict[Path, Any] = {f: bench.pipe.plan("", table=f, guidance_scale=bench.guidance) for f in tables}
     calls = sorted({*calls, *(plan.table.sequential_calls for plan in plans.values())})
     methods = [m.name for m in epd.solvers.METHODS.values() if not m.noisy and m.calls and family in m.families]
     names = [*methods, "epd", *PARALLEL]
@@ -46,22 +46,27 @@ def entrants(bench: Bench, calls: Sequence[int], tables: Sequence[Path], only: S
     if not bench.flow:
         found += [_method(bench, name, n, even=True) for name in methods if name in wanted for n in calls]
     found += [_start_table(bench, k, n) for k in DIRECTIONS if "epd" in wanted for n in calls]
-    found += [_of_table(file.stem, "table", plan, plan.table.sequential_calls) for file, plan in plans.items()]
     found += [_parallel(bench, name, tolerance) for name in PARALLEL if name in wanted for tolerance in TOLERANCES]
-    return [attempt for attempt in found if attempt is not None]
+    made = [attempt for attempt in found if attempt is not None]
+    taken = [*names, *(attempt.name for attempt in made), *(file.stem for file in plans)]
+    for file, plan in plans.items():
+        name = file.stem if taken.count(file.stem) == 1 else str(file)  # every line of the result has its own name
+        made.append(_of_table(name, "table", plan, plan.table.sequential_calls))
+    return made
 
 
 def _method(bench: Bench, name: str, calls: int, even: bool = False) -> Attempt | None:
     """A training-free solver with the most steps that fit; None where not even one does.
 
-    `even` (SD1.5): network times evenly from the last to the first, instead of the checkpoint's `leading` ones.
+    `even` (SD1.5): network times evenly from the last to the first, instead of the checkpoint's `leading` ones, from
+    the references' start.
     """
     for steps in range(calls, 0, -1):
         plan = bench.pipe.plan("", solver=name, num_inference_steps=steps)
         times, scale, end = plan.times, plan.start_scale, plan.end_scale
         if even:
             times = tuple(epd.schedule.shifted(steps, 1.0, variance_preserving(bench.pipe.bundle.facts)).tolist())
-            scale, end = math.hypot(1, times[0]), math.hypot(1, times[-1])
+            scale, end = times[0], math.hypot(1, times[-1])
         solver = epd.solvers.METHODS[name].build(times, bench.flow)
         if asked(solver) <= calls:
             return Attempt(f"{name} even" if even else name, solver, times, scale, end, calls)
@@ -95,7 +100,10 @@ def asked(solver: Solver) -> int:
 
 
 def references(bench: Bench, steps: int) -> tuple[Attempt, Attempt]:
-    """Two different solvers of about 2 * steps calls each, on even grids over the whole range of trained times."""
+    """Two different solvers of about 2 * steps calls each, on even grids over the whole range of trained times.
+
+    They start at times[0] * noise, as tables and their teachers do; DDIM's hypot(1, times[0]) is another picture.
+    """
     return _reference(bench, "dpm2", steps), _reference(bench, "dpmpp_2m", 2 * steps)
 
 
@@ -107,7 +115,7 @@ def _reference(bench: Bench, name: str, steps: int) -> Attempt:
         ends_at_0 = plan.times[-1] == 0
         even = epd.schedule.discrete(steps - ends_at_0, variance_preserving(bench.pipe.bundle.facts)).tolist()
         times = (*even, 0.0) if ends_at_0 else tuple(even)
-        scale = math.hypot(1, times[0])
+        scale = times[0]
     end = 1.0 if bench.flow else math.hypot(1, times[-1])
     solver = epd.solvers.METHODS[name].build(times, bench.flow)
     return Attempt(f"{name} of {steps} steps", solver, times, scale, end, kind="reference")

@@ -8,8 +8,10 @@ The error is the PSNR of the decoded pictures (floats in [0, 1]) to those of a c
 a fine grid have to agree on. Solvers that add noise have no such reference and are left out. Where the prompts are
 captions of the closed world, the share of pictures is told that show what their caption says.
 
-DDIM's `leading` steps (SD1.5) begin below the first time, which alone bounds the PSNR of all solvers on that grid. The
-references begin at the first time; so does every solver once more, as NAME even, on evenly spaced network times.
+SD1.5: DDIM's `leading` steps begin below the first time, and at sqrt(1 + sigma^2) times the noise in place of sigma,
+which alone bounds the PSNR of all solvers on that grid, the untrained start tables and those parallel in time included:
+they are measured as users get them. The references begin at the first time, sigma times the noise, as learned tables
+do; so does every solver once more, as NAME even, on evenly spaced network times.
 """
 
 from __future__ import annotations

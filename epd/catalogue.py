@@ -8,6 +8,7 @@ The cache is the folder `epd` of the platform's cache folder (XDG_CACHE_HOME or 
 %LOCALAPPDATA% on Windows), or EPD_CACHE if that is set.
 """
 
+import contextlib
 import hashlib
 import http.client
 import json
@@ -129,17 +130,25 @@ def fetch(name: str, base: str | None = None, timeout: float = TIMEOUT, progress
     if not re.match(r"https?://", url):
         raise ValueError(f"{url}: an address must begin with https:// or http://")
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".pkl.part")
-    _download(url, part, entry.bytes, timeout, progress)
-    digest = hashlib.sha256(part.read_bytes()).hexdigest()
+    rest = file.with_suffix(".pkl.part")  # of a download that stopped
+    part = rest.with_suffix(f".{os.getpid()}.part")  # nobody else writes to it
+    with contextlib.suppress(FileNotFoundError):
+        rest.replace(part)
     try:
+        _download(url, part, entry.bytes, timeout, progress)
+    except BaseException:
+        if part.is_file():
+            part.replace(rest)
+        raise
+    try:
+        digest = hashlib.sha256(part.read_bytes()).hexdigest()
         if digest != entry.sha256:
             raise ValueError(f"{url}: not the file it was: SHA-256 {digest}, expected {entry.sha256}; nothing is kept")
         table = correct(import_table(part))
         kept = {**(table.provenance or {}), "file": entry.url.rpartition("/")[2], "url": url}
         replace(table, provenance=kept).save(file)
     finally:
-        part.unlink()
+        part.unlink(missing_ok=True)
     return file
 
 
@@ -184,7 +193,7 @@ def _download(url: str, part: Path, size: int, timeout: float, progress: Progres
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == 416:  # it ends before what we have
-            part.unlink()
+            part.unlink(missing_ok=True)
             raise ValueError(f"{url}: not the file it was: shorter than {have} bytes; nothing is kept") from error
         raise OSError(f"{url}: the server answers {error.code} {error.reason}") from error
     except urllib.error.URLError as error:

@@ -229,9 +229,10 @@ class SolverScheduler(_Scheduler):
         Name of a method; one whose times depend on the latents (parallel in time) is refused.
     family : "sd15" | "sd3"
     num_train_timesteps, shift, beta_start, beta_end, beta_schedule, timestep_spacing, steps_offset, set_alpha_to_one,
-    prediction_type
-        Of the checkpoint; `from_config` takes them from its scheduler. The grid is that of DDIMScheduler (sd15) or
-        FlowMatchEulerDiscreteScheduler (sd3) with these settings.
+    prediction_type, original_inference_steps
+        Of the checkpoint; `from_config` takes them from its scheduler. They make the grid, `Method.times` says which:
+        that of DDIMScheduler or, for lcm, LCMScheduler (sd15); of FlowMatchEulerDiscreteScheduler or, for multistep
+        solvers and the like, of use_flow_sigmas (sd3); ending at 0 where the solver adds noise.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
@@ -248,6 +249,7 @@ class SolverScheduler(_Scheduler):
         steps_offset: int = 1,
         set_alpha_to_one: bool = False,
         prediction_type: str | None = None,
+        original_inference_steps: int = 50,
     ) -> None:
         schedule.check_configuration(family, self.config)
         possible = [name for name, method in solvers.METHODS.items() if method.calls and family in method.families]
@@ -258,7 +260,7 @@ class SolverScheduler(_Scheduler):
     def _plan(self, num_inference_steps: int | None) -> tuple[Floats, Solver, float]:
         if num_inference_steps is None:
             raise ValueError("give num_inference_steps")
-        times = schedule.of_checkpoint(num_inference_steps, self.config.family, self.config, self._method.even)
+        times = self._method.times(num_inference_steps, self.config.family, self.config)
         extra = {"noise": self._noise} if self._method.noisy else {}
         return times, self._method.build(times, self._flow, **extra), math.hypot(1, times[0])
 

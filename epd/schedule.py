@@ -193,6 +193,20 @@ def ddim(
     return _grid(n, np.append(sigmas, final))
 
 
+def lcm(n: int, vp: VP = SD15, original_steps: int = 50) -> Floats:
+    """n + 1 decreasing times ending at 0: diffusers' LCMScheduler of n steps as sigmas.
+
+    n <= `original_steps` of the times that latent consistency models are distilled at (Luo et al. 2023, arXiv
+    2310.04378): network times k - 1, 2 k - 1 .., k = num_train_timesteps // original_steps, picked evenly from the top.
+    """
+    _even(n)
+    if not n <= original_steps <= vp.num_train_timesteps:
+        raise ValueError(f"LCM takes at most its {original_steps} original steps, of {vp.num_train_timesteps} times")
+    original = (vp.num_train_timesteps // original_steps) * np.arange(original_steps, 0, -1) - 1
+    picked = np.floor(np.linspace(0, original_steps, n, endpoint=False)).astype(np.int64)
+    return _grid(n, np.append(vp.sigma(original[picked]), 0.0))
+
+
 # Settings of a checkpoint's diffusers scheduler that would change grid or step: the value that does not.
 _NEUTRAL: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "sd3": {
@@ -237,17 +251,24 @@ def vp_of(config: Mapping[str, Any]) -> VP:
     )
 
 
-def of_checkpoint(n: int, family: str, config: Mapping[str, Any], even: bool = False) -> Floats:
-    """n + 1 decreasing times: the grid of a checkpoint in diffusers, by its scheduler configuration.
+def of_checkpoint(n: int, family: str, config: Mapping[str, Any], kind: str = "own") -> Floats:
+    """n + 1 decreasing times: a grid of a checkpoint in diffusers, by its scheduler configuration.
 
-    `family` "sd15": that of DDIMScheduler; "sd3": of FlowMatchEulerDiscreteScheduler, or if `even` that of the solvers
-    which diffusers runs there with use_flow_sigmas (`flow_even`). Final value included. ValueError for another family,
-    a setting that is not supported, or an n that gives no grid.
+    `family` "sd15": that of DDIMScheduler, or if `kind` is "lcm" of LCMScheduler; "sd3": of
+    FlowMatchEulerDiscreteScheduler, or if `kind` is "even" that of the solvers which diffusers runs there with
+    use_flow_sigmas (`flow_even`). Final value included. `Method.times` says which kind a method has.
+
+    Raises
+    ------
+    ValueError
+        Another family, a setting that is not supported, or an n that gives no grid.
     """
     check_configuration(family, config)
     if family == "sd3":
-        grid = flow_even if even else flow_euler
+        grid = flow_even if kind == "even" else flow_euler
         return grid(n, config.get("shift", 1.0), config.get("num_train_timesteps", 1000))
+    if kind == "lcm":
+        return lcm(n, vp_of(config), config.get("original_inference_steps", 50))
     return ddim(
         n,
         vp_of(config),

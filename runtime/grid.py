@@ -6,6 +6,7 @@ Knows nothing of sessions.
 from __future__ import annotations
 
 import epd
+from epd.solvers import METHODS
 
 from .bundle import Facts
 from .errors import RequestError
@@ -15,17 +16,21 @@ from .slopes import variance_preserving
 def own_grid(facts: Facts, steps: int, solver: str = "euler") -> tuple[float, ...]:
     """The grid that a solver has in diffusers with the checkpoint's scheduler, final value included: N + 1 sigmas.
 
+    `solver`: a name of `METHODS`, or epd: an untrained table's grid is Euler's, the scheduler's own.
+
     Raises
     ------
     RequestError
-        A setting of the scheduler that is not supported, or a number of steps that it does not take.
+        An unknown solver, a setting of the scheduler that is not supported, or a number of steps that it does not take.
     """
     train_steps = _train_steps(facts)
     if not 1 <= steps <= train_steps:
         raise RequestError(f"the number of steps must be from 1 to {train_steps}, got {steps}")
-    even = solver != "epd" and epd.solvers.METHODS[solver].even
+    method = {**METHODS, "epd": METHODS["euler"]}.get(solver)
+    if method is None:
+        raise RequestError(f"unknown solver {solver!r}; choose from {', '.join([*METHODS, 'epd'])}")
     try:
-        return tuple(epd.schedule.of_checkpoint(steps, facts.family, facts.schedule, even).tolist())
+        return tuple(method.times(steps, facts.family, facts.schedule).tolist())
     except ValueError as error:
         raise RequestError(
             f"{facts.name} has no grid of {steps} steps: {error}; give --table with a grid of its own"

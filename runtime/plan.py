@@ -113,8 +113,6 @@ def make_plan(
     else:
         steps = facts.defaults.steps if num_inference_steps is None else num_inference_steps
         times = own_grid(facts, steps, name)
-        if name != "epd" and METHODS[name].noisy:
-            times = (*times[:-1], 0.0)  # as diffusers' do: new noise left at the end would be seen
         if name == "epd":
             chosen = epd.start_table(times, DIRECTIONS if k is None else k)
     guidance = guidance_scale

@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 from .. import parallel
+from ..schedule import Floats, of_checkpoint
 from ..solve import Solver
 from .multistep import deis, dpmpp_2m, dpmpp_3m, ipndm, unipc
 from .noisy import euler_ancestral, lcm
@@ -25,7 +26,22 @@ class Method:
     families: tuple[str, ...]  # of "edm", "sd15", "sd3"
     noisy: bool  # takes `noise`, see `epd.solvers.noisy`
     source: str  # one line: paper
-    even: bool = True  # flow matching: on `schedule.flow_even`; False: on `flow_euler`, as diffusers' flow schedulers
+    grid: str = "even"  # kind of `schedule.of_checkpoint`: "own" | "even" (differs in sd3) | "lcm" (differs in sd15)
+
+    def times(self, n: int, family: str, config: Mapping[str, Any]) -> Floats:
+        """n + 1 decreasing times: the grid diffusers runs this method on, with a checkpoint's scheduler `config`.
+
+        Family "sd15" or "sd3". Where noisy it ends at 0, as diffusers' do: new noise left at the end would be seen.
+
+        Raises
+        ------
+        ValueError
+            As `schedule.of_checkpoint`.
+        """
+        grid = of_checkpoint(n, family, config, self.grid)
+        if self.noisy:
+            grid[-1] = 0.0
+        return grid
 
 
 def _any_family(solver: Callable[[Any], Solver]) -> Callable[..., Solver]:
@@ -69,9 +85,9 @@ _DEIS = "Zhang and Chen 2022, arXiv 2204.13902"
 
 _METHODS = (
     Method(
-        "euler", _any_family(euler), 1, 1, ALL, False, "Euler, DDIM: Song et al. 2020, arXiv 2010.02502", even=False
+        "euler", _any_family(euler), 1, 1, ALL, False, "Euler, DDIM: Song et al. 2020, arXiv 2010.02502", grid="own"
     ),
-    Method("heun", _any_family(heun), 2, 2, ALL, False, "Heun: Karras et al. 2022, arXiv 2206.00364", even=False),
+    Method("heun", _any_family(heun), 2, 2, ALL, False, "Heun: Karras et al. 2022, arXiv 2206.00364", grid="own"),
     Method("dpm2", _any_family(dpm2), 2, 2, ALL, False, "DPM-Solver-2: Lu et al. 2022, arXiv 2206.00927"),
     Method("dpmpp_2s", dpmpp_2s, 2, 2, ALL, False, f"DPM-Solver++(2S): {_DPMPP}"),
     Method("dpmpp_2m", dpmpp_2m, 2, 1, ALL, False, f"DPM-Solver++(2M): {_DPMPP}"),
@@ -89,9 +105,9 @@ _METHODS = (
         ALL,
         True,
         "Ancestral sampling: Ho et al. 2020, arXiv 2006.11239",
-        even=False,
+        grid="own",
     ),
-    Method("lcm", lcm, 0, 1, ("sd15", "sd3"), True, "LCM: Luo et al. 2023, arXiv 2310.04378", even=False),
+    Method("lcm", lcm, 0, 1, ("sd15", "sd3"), True, "LCM: Luo et al. 2023, arXiv 2310.04378", grid="lcm"),
     Method(
         "paradigms",
         _parallel("paradigms"),
@@ -100,10 +116,10 @@ _METHODS = (
         ALL,
         False,
         "ParaDiGMS: Shih et al. 2023, arXiv 2305.16317",
-        even=False,
+        grid="own",
     ),
     Method(
-        "parataa", _parallel("parataa"), 1, 0, ALL, False, "ParaTAA: Tang et al. 2024, arXiv 2402.09970", even=False
+        "parataa", _parallel("parataa"), 1, 0, ALL, False, "ParaTAA: Tang et al. 2024, arXiv 2402.09970", grid="own"
     ),
 )
 

@@ -12,7 +12,7 @@ import pytest
 import epd
 from benchmarks.__main__ import main
 from benchmarks.bench import Bench, psnr
-from benchmarks.entrants import asked, entrants
+from benchmarks.entrants import asked, entrants, references
 from benchmarks.report import COLUMNS
 from runtime.pipeline import Pipeline
 
@@ -64,6 +64,49 @@ def test_work_is_what_the_driver_counts(bench):
         work = (found.sequential_calls, found.total_evaluations, found.guided_forwards)
         assert work == pytest.approx(np.mean(counted, 0).tolist())
         assert work[2] == pytest.approx(2 * work[1])
+
+
+def test_tables_and_even_entrants_start_where_the_references_do(bench, tmp_path):
+    """SD1.5: sigma times the noise; the solvers on DDIM's own grid start as users get them."""
+    file = tmp_path / "mine.json"
+    first = 1.0 if bench.flow else float(epd.schedule.SD15.sigma(999))
+    epd.start_table([first, first / 2, first / 100], 2).save(file)
+    pair = references(bench, 40)
+    found = entrants(bench, [4], [file], ["euler", "dpmpp_2m"])
+    same = [*pair, *(one for one in found if one.kind == "table" or one.name.endswith(" even"))]
+    assert len(same) == (3 if bench.flow else 5)
+    assert {(one.times[0], one.start_scale) for one in same} == {(first, first)}
+    own = next(one for one in found if one.name == "euler")
+    assert own.start_scale == bench.pipe.plan("", solver="euler", num_inference_steps=4).start_scale
+    assert bench.flow or own.start_scale == math.hypot(1, own.times[0])
+
+
+def test_tables_of_one_name_are_told_apart(bench, tmp_path):
+    files = [tmp_path / folder / f"{name}.json" for folder, name in (("a", "my"), ("b", "my"), ("a", "euler"))]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        epd.start_table([0.9, 0.1], 2).save(file)
+    found = entrants(bench, [4], files, ["euler"])
+    assert [one.name for one in found if one.kind == "table"] == [str(file) for file in files]
+    assert len({(one.name, one.calls) for one in found}) == len(found)
+
+
+def test_a_table_is_planned_at_the_guidance_it_runs_with(bench, tmp_path, caplog):
+    for guidance in (4.0, 2.0):
+        epd.Table(times=[0.9, 0.1], r=[[0.5]], w=[[1.0]], guidance=guidance).save(tmp_path / f"{guidance}.json")
+        entrants(bench, [4], [tmp_path / f"{guidance}.json"], ["euler"])
+    assert "guidance 4.0" not in caplog.text
+    assert "guidance 2.0 (here 4)" in caplog.text
+
+
+def test_what_is_kept_belongs_to_one_provider_and_version(bench, monkeypatch):
+    attempt = references(bench, 40)[0]
+    keys = {bench._key(attempt)}
+    monkeypatch.setattr(bench.pipe, "provider", "cuda")
+    keys.add(bench._key(attempt))
+    monkeypatch.setattr("runtime.png.version", lambda: "0.0.0")
+    keys.add(bench._key(attempt))
+    assert len(keys) == 3
 
 
 def test_psnr():

@@ -111,6 +111,19 @@ def test_cut_off_then_resumed(cache, data):
     assert kept(cache) == [f"{NAME}.json"]
 
 
+def test_two_at_once_do_not_disturb_each_other(cache, data):
+    """Another process fetches, and is done, in the middle of this one: each has a file of its own to write to."""
+    with serving(data) as (base, asked):
+
+        def other(have, size):
+            if len(asked) == 1:
+                (cache / f"{NAME}.pkl.part").unlink(missing_ok=True)  # what a finished one does to the shared name
+                (cache / f"{NAME}.pkl.part").write_bytes(data[:500])  # and a third starts again
+
+        assert Table.load(catalogue.fetch(NAME, base, progress=other)).steps == 3
+    assert kept(cache) == [f"{NAME}.json", f"{NAME}.pkl.part"]
+
+
 def test_resumed_from_a_server_without_ranges(cache, data):
     cache.mkdir(parents=True)
     (cache / f"{NAME}.pkl.part").write_bytes(data[:1000])

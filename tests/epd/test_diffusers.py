@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 import epd
 from epd.diffusers import EPDScheduler, SolverScheduler
+from runtime.grid import own_grid
 from runtime.pipeline import Pipeline
 from tests.compare import by_diffusers, by_runtime, diffusers_pipeline, psnr
 from tests.conftest import SIZES
@@ -91,9 +92,10 @@ def test_euler_is_the_checkpoints_own_scheduler_and_a_saved_pipeline_loads_again
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_solver_goes_through_its_timesteps_as_the_driver_does(family):
-    """On a closed-form network, without any pipeline: same states, same number of evaluations."""
-    config, flow = CONFIGURATIONS[family], family == "sd3"
+def test_every_solver_goes_through_its_timesteps_as_the_driver_does(family, tiny_bundles):
+    """On a closed-form network, without any pipeline, on the runtime's grid: same states, same count of evaluations."""
+    facts, flow = Pipeline.from_pretrained(tiny_bundles[family]).bundle.facts, family == "sd3"
+    config = facts.schedule
     noise = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     methods = [m for m in epd.solvers.METHODS.values() if m.calls and family in m.families]
     assert len(methods) > 8
@@ -106,7 +108,7 @@ def test_every_solver_goes_through_its_timesteps_as_the_driver_does(family):
             velocity = torch.tanh(scaled) * (0.5 + t / 1000)
             x = scheduler.step(velocity, t, x, generator=torch.Generator().manual_seed(i)).prev_sample
 
-        times = epd.schedule.of_checkpoint(7, family, config, method.even)
+        times = own_grid(facts, 7, method.name)
         vp = epd.schedule.vp_of(config)
 
         def slope(points, vp=vp, flow=flow):

@@ -5,12 +5,15 @@ import pytest
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from epd import schedule
+from epd.solvers import METHODS
 
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 40])
-@pytest.mark.parametrize("build", ["polynomial", "logsnr", "time_uniform", "discrete", "flow", "flow_euler", "ddim"])
+@pytest.mark.parametrize(
+    "build", ["polynomial", "logsnr", "time_uniform", "discrete", "flow", "flow_euler", "ddim", "lcm"]
+)
 def test_every_grid_has_n_plus_one_decreasing_float64(build, n):
     grid = getattr(schedule, build)(n)
     assert grid.shape == (n + 1,)
@@ -117,6 +120,8 @@ def test_vp_betas_are_diffusers(kind):
         (lambda: schedule.VP(beta_start=0.0), "0 < start"),
         (lambda: schedule.ddim(10, spacing="even"), "leading, trailing or linspace"),
         (lambda: schedule.ddim(1001), "do not fit"),
+        (lambda: schedule.lcm(51), "at most its 50 original steps"),
+        (lambda: schedule.lcm(4, original_steps=2000), "2000 original steps, of 1000 times"),
         (lambda: schedule.ddim(1000), "do not fit"),
         (lambda: schedule.decreasing([1.0]), "N \\+ 1 >= 2"),
         (lambda: schedule.decreasing([2.0, 2.0]), "strictly decreasing"),
@@ -141,8 +146,31 @@ def test_flow_even_is_dpm_solvers_use_flow_sigmas(n):
 
 def test_the_grid_of_a_checkpoint_has_two_forms_in_flow_matching():
     config = {"shift": 2.0}
-    assert schedule.of_checkpoint(4, "sd3", config, even=True).tolist() == schedule.flow_even(4, 2.0).tolist()
+    assert schedule.of_checkpoint(4, "sd3", config, "even").tolist() == schedule.flow_even(4, 2.0).tolist()
     assert schedule.of_checkpoint(4, "sd3", config).tolist() == schedule.flow_euler(4, 2.0).tolist()
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
+@pytest.mark.parametrize("original", [50, 100])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 8, 50])
+def test_lcm_is_diffusers(n, original):
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.LCMScheduler(**SD15, original_inference_steps=original)
+    scheduler.set_timesteps(n)
+    grid = METHODS["lcm"].times(n, "sd15", dict(scheduler.config))
+    np.testing.assert_allclose(schedule.vp_of(scheduler.config).time(grid[:-1]), scheduler.timesteps, atol=1e-6)
+    assert grid[-1] == 0
+    if (n, original) == (4, 50):
+        assert scheduler.timesteps.tolist() == [999, 759, 499, 259]
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+def test_a_noisy_methods_grid_ends_at_0_and_nothing_else_of_it_differs(family):
+    config = SD15 | {"steps_offset": 1, "set_alpha_to_one": False}  # whose own grid of sd15 ends above 0
+    own = schedule.of_checkpoint(6, family, config)
+    noisy = METHODS["euler_ancestral"].times(6, family, config)
+    assert noisy.tolist() == [*own[:-1], 0.0]
+    assert METHODS["euler"].times(6, family, config).tolist() == own.tolist()
 
 
 @pytest.mark.parametrize("vp", [None, schedule.SD15])

@@ -9,8 +9,8 @@ import tiny_bundle
 import epd
 from epd.solvers import METHODS
 from runtime.__main__ import main
-from runtime.bundle import Bundle
 from runtime.errors import RequestError
+from runtime.grid import own_grid
 from runtime.pipeline import DEFAULT, Pipeline
 from runtime.session import Session
 from runtime.text import conditioning
@@ -95,10 +95,8 @@ def test_the_noise_is_that_of_diffusers(bundles, solver, scheduler):
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     x = torch.cat([torch.randn((1, tiny_bundle.CHANNELS, 4, 4), generator=one) for one in generators])
     times = draw(pipe, solver).plan.times
-    timesteps = Bundle.open(bundles["sd15"]).facts.schedule["num_train_timesteps"] // STEPS * np.arange(STEPS)[::-1] + 1
-    options = {"timesteps": timesteps.tolist()} if scheduler == "LCM" else {"num_inference_steps": STEPS}
-    theirs.set_timesteps(**options)
-    assert theirs.timesteps.tolist() == timesteps.tolist()
+    theirs.set_timesteps(STEPS)
+    assert epd.schedule.SD15.time(times[:-1]).tolist() == pytest.approx(theirs.timesteps.tolist())
     assert times[-1] == 0
     x = x * theirs.init_noise_sigma
     told = conditioning(pipe.bundle, lambda name: Session(pipe.bundle, name), ["red"] * 2)
@@ -146,9 +144,16 @@ def test_a_solver_of_other_families_is_refused(bundles, monkeypatch):
 
 
 def test_an_unknown_solver_gives_the_list(bundles):
-    with pytest.raises(RequestError) as refused:
-        Pipeline.from_pretrained(bundles["sd3"]).plan("red", solver="ddim")
-    assert str(refused.value) == f"unknown solver 'ddim'; choose from {', '.join(SOLVERS)}"
+    pipe = Pipeline.from_pretrained(bundles["sd3"])
+    for asked in (lambda: pipe.plan("red", solver="ddim"), lambda: own_grid(pipe.bundle.facts, 4, "ddim")):
+        with pytest.raises(RequestError) as refused:
+            asked()
+        assert str(refused.value) == f"unknown solver 'ddim'; choose from {', '.join(SOLVERS)}"
+
+
+def test_lcm_takes_no_more_steps_than_it_was_distilled_at(bundles):
+    with pytest.raises(RequestError, match="no grid of 51 steps: LCM takes at most its 50 original steps"):
+        Pipeline.from_pretrained(bundles["sd15"]).plan("red", solver="lcm", num_inference_steps=51)
 
 
 def test_the_command_lists_them(capsys):

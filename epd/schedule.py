@@ -256,7 +256,7 @@ def of_checkpoint(n: int, family: str, config: Mapping[str, Any], kind: str = "o
 
     `family` "sd15": that of DDIMScheduler, or if `kind` is "lcm" of LCMScheduler; "sd3": of
     FlowMatchEulerDiscreteScheduler, or if `kind` is "even" that of the solvers which diffusers runs there with
-    use_flow_sigmas (`flow_even`). Final value included. `Method.times` says which kind a method has.
+    use_flow_sigmas (`flow_even`). Final value included. `Method.grid` says which kind a method has.
 
     Raises
     ------

@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"export: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("export: interrupted; nothing was written", file=sys.stderr)
+        print("export: stopped; nothing was written", file=sys.stderr)
         return 130
     if given.json:
         print(json.dumps(report))
@@ -99,6 +99,7 @@ def run(given: argparse.Namespace, scratch: Path) -> dict[str, object]:
         if given.random_weights
         else checkpoint.find(given.model, hub, given.variant)
     )
+    _refuse_ignored(given, source)
     planned = plan.make(
         source,
         plan.Options(
@@ -142,6 +143,22 @@ def run(given: argparse.Namespace, scratch: Path) -> dict[str, object]:
         "seconds": seconds,
         "peak_rss_bytes": peak,
     }
+
+
+def _refuse_ignored(given: argparse.Namespace, source: checkpoint.Checkpoint) -> None:
+    """ExportError for an option about downloads or weight files where there are none."""
+    hub = {"--revision": given.revision, "--cache-dir": given.cache_dir, "--offline": given.offline}
+    options = {} if source.hub else hub
+    if given.random_weights:
+        options |= {"--variant": given.variant}
+    for option, value in options.items():
+        if value:
+            why = (
+                "--random-weights takes nothing from the hub and reads no weights"
+                if given.random_weights
+                else f"{given.model} is not taken from the hub"
+            )
+            raise ExportError(f"{option}: {why}; leave it out")
 
 
 def dry_run(planned: plan.Plan, target: Path) -> dict[str, object]:

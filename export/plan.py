@@ -101,9 +101,12 @@ def precision(component: str, dtype: str) -> str:
 
 def _size(facts: Facts, backbone: dict[str, Any], options: Options) -> tuple[int, int]:
     latent = facts.latent
-    trained = backbone["sample_size"]
-    sides = [trained, trained] if isinstance(trained, int) else list(trained)
-    height, width = options.height or sides[0] * latent.factor, options.width or sides[1] * latent.factor
+    trained = backbone.get("sample_size")
+    sides = trained if isinstance(trained, list) and len(trained) == 2 else [trained, trained]
+    if None in (options.height, options.width) and not all(isinstance(side, int) for side in sides):
+        raise ExportError(f"{facts.name}: names no picture size (sample_size is {trained}); give --height and --width")
+    height = sides[0] * latent.factor if options.height is None else options.height
+    width = sides[1] * latent.factor if options.width is None else options.width
     multiple = latent.factor * latent.patch * latent.down
     for name, side in (("height", height), ("width", width)):
         if side < multiple or side % multiple:

@@ -25,6 +25,16 @@ from runtime.memory import peak_rss_bytes
 from . import ExportError
 
 GRAPH, TRIAL = "model.onnx", "trial.onnx"
+NO_RESULT = 74  # exit status: the result could not be written
+SHORT_OF_MEMORY = (
+    "ran out of memory or was killed for it; `--dry-run` tells what it needs: give a smaller --height and --width, "
+    "--components without this one, or a machine with more memory"
+)
+
+_REMEDIES = {
+    errno.ENOSPC: "; free some space or give another -o",
+    errno.ENOMEM: f"; the process {SHORT_OF_MEMORY}",
+}
 
 
 @dataclass(frozen=True)
@@ -55,12 +65,15 @@ def main(path: str) -> int:
     except ExportError as error:
         found = {"failure": str(error)}
     except OSError as error:
-        remedy = "; free some space or give another -o" if error.errno == errno.ENOSPC else ""
+        remedy = _REMEDIES.get(error.errno or 0, "")
         found = {"failure": f"{job.component}: {error.strerror or error}: {error.filename or job.folder}{remedy}"}
     found |= {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_rss_bytes()}
     partial = Path(job.result).with_suffix(".partial")
-    partial.write_text(json.dumps(found), encoding="utf-8")
-    os.replace(partial, job.result)
+    try:
+        partial.write_text(json.dumps(found), encoding="utf-8")
+        os.replace(partial, job.result)
+    except OSError:
+        return NO_RESULT
     return 1 if "failure" in found else 0
 
 
@@ -154,7 +167,9 @@ def _open(job: Job) -> tuple[Any, Any]:
     facts = describe(folder, folder.name, Source(str(folder)), t5_tokens=job.t5_tokens)
     try:
         return facts, module(job.component, folder, facts, job.precision, job.variant, job.random)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+        if "allocate memory" in str(error):  # told by the exporter
+            raise
         line = " ".join(str(error).split())
         raise ExportError(
             f"{job.component}: its weights in {folder} cannot be loaded ({line:.300}); download the checkpoint again"

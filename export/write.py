@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,13 +28,15 @@ from typing import Any
 from epd import Table
 from epd.catalogue import SHIPPED
 from runtime.bundle import FILE, PROMPTS, TABLES, Component, Parity, Stored, Tensor, best_first, sha256, write_facts
+from runtime.parse import load_json
 
 from . import ExportError
 from .checkpoint import OURS, part_of, read_config
 from .plan import Plan
-from .worker import GRAPH, TRIAL, Job
+from .worker import GRAPH, NO_RESULT, SHORT_OF_MEMORY, TRIAL, Job
 
 _TOOLS = ("torch", "onnxscript", "onnx-ir", "diffusers", "transformers", "onnxruntime")
+_ALLOCATION = re.compile("allocat|MemoryError|bad_alloc")  # as torch, numpy, ONNX Runtime and C++ complain
 Say = Callable[[str], None]
 
 
@@ -200,13 +203,13 @@ def write_configurations(plan: Plan, folder: Path) -> None:
     if "requires_safety_checker" in index:
         index["requires_safety_checker"] = False
     _write_json(folder / "model_index.json", index)
-    shutil.copytree(source / "scheduler", folder / "scheduler")
+    _copy(source / "scheduler", folder / "scheduler")
     if (source / PROMPTS).is_file():
-        shutil.copyfile(source / PROMPTS, folder / PROMPTS)
+        _copy(source / PROMPTS, folder / PROMPTS)
     for tokenizer in sorted(source.glob("tokenizer*")):
         if tokenizer.is_dir() and tokenizer.name not in absent:
-            shutil.copytree(tokenizer, folder / tokenizer.name)
-            _complete_tokenizer(folder / tokenizer.name)
+            _copy(tokenizer, folder / tokenizer.name)
+            _complete_tokenizer(folder / tokenizer.name, tokenizer)
     # The backbone and the VAE decoder say how large latents are: their configurations belong to every bundle.
     for component in {*plan.precisions, "vae_decoder", "unet" if plan.facts.family == "sd15" else "transformer"}:
         config = read_config(source, component)
@@ -216,21 +219,59 @@ def write_configurations(plan: Plan, folder: Path) -> None:
         _write_json(folder / component / "config.json", config)
 
 
-def _complete_tokenizer(folder: Path) -> None:
+def _copy(source: Path, target: Path) -> None:
+    """Copies a file or a folder. What cannot be read is an ExportError, what cannot be written an OSError."""
+    try:
+        entries = sorted(source.iterdir()) if source.is_dir() else None
+        content = source.read_bytes() if entries is None else b""
+    except OSError as error:
+        raise ExportError(
+            f"{source}: cannot be read ({error.strerror or error}); allow it, or download the checkpoint again"
+        ) from error
+    if entries is None:
+        target.write_bytes(content)
+        return
+    target.mkdir()
+    for entry in entries:
+        _copy(entry, target / entry.name)
+
+
+def _complete_tokenizer(folder: Path, source: Path) -> None:
     """Adds what a tokenizer folder lacks: tokenizer.json, which the runtime reads, and CLIP's older pair of files.
 
     transformers 5 writes only tokenizer.json; transformers 4, and so Optimum, reads CLIP's vocab.json and merges.txt.
     """
     whole = folder / "tokenizer.json"
     if not whole.exists():
-        from transformers import AutoTokenizer
-
-        AutoTokenizer.from_pretrained(folder, use_fast=True).backend_tokenizer.save(str(whole))
-    model = json.loads(whole.read_text(encoding="utf-8"))["model"]
-    if model["type"] == "BPE" and not (folder / "merges.txt").exists():
+        whole.write_text(_fast_tokenizer(source), encoding="utf-8")
+    try:
+        model = json.loads(whole.read_text(encoding="utf-8"))["model"]
+        if model["type"] != "BPE" or (folder / "merges.txt").exists():
+            return
         pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
-        (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{pair}\n" for pair in pairs), encoding="utf-8")
-        (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+        merges, vocabulary = "".join(f"{pair}\n" for pair in pairs), json.dumps(model["vocab"], ensure_ascii=False)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ExportError(
+            f"{source / whole.name}: damaged ({type(error).__name__}: {error}); download the checkpoint again"
+        ) from error
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}", encoding="utf-8")
+    (folder / "vocab.json").write_text(vocabulary, encoding="utf-8")
+
+
+def _fast_tokenizer(source: Path) -> str:
+    """The tokenizer.json that transformers makes of a folder without one."""
+    from transformers import AutoTokenizer
+
+    if (source / "vocab.json").exists():  # on a damaged one tokenizers raises Exception itself
+        load_json(source / "vocab.json")
+    try:
+        text: str = AutoTokenizer.from_pretrained(source, use_fast=True).backend_tokenizer.to_str()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        line = " ".join(str(error).split())
+        raise ExportError(
+            f"{source}: no tokenizer can be read from it ({line:.300}); download the checkpoint again"
+        ) from error
+    return text
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
@@ -311,11 +352,13 @@ def run(job: Job) -> dict[str, Any]:
             process.stdin.close()
     if not result.exists():
         tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        if process.returncode in (-9, 137):
+        if process.returncode == NO_RESULT:
             raise ExportError(
-                f"{job.component}: the {job.task} process was killed, most likely for want of memory; "
-                "`--dry-run` tells what it needs; nothing was written"
+                f"{job.component}: the {job.task} process could not write its result into {result.parent}; free some "
+                "space there, or set TMPDIR to another disk; nothing was written"
             )
+        if process.returncode in (-9, 137) or (tail and _ALLOCATION.search(tail[-1])):
+            raise ExportError(f"{job.component}: the {job.task} process {SHORT_OF_MEMORY}; nothing was written")
         raise ExportError(
             f"{job.component}: the {job.task} process broke with status {process.returncode}: "
             f"{tail[-1] if tail else 'no message'}; this is a fault of the exporter; nothing was written"

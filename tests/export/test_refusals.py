@@ -9,10 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-from export import write
+from export import ExportError, plan, write
 from export.__main__ import main
+from export.worker import Job
 from runtime.bundle import Bundle
 
 ROOT = Path(write.__file__).parent.parent
@@ -78,12 +80,92 @@ def test_truncated_weights(capsys, checkpoint: Path, tmp_path: Path, target: Pat
         (["--components", "transformer"], "this model has text_encoder, unet, vae_decoder, vae_encoder"),
         (["--t5", "fp16"], "only Stable Diffusion 3"),
         (["-k", "0"], "at least one direction"),
+        (["--revision", "main"], "not taken from the hub; leave it out"),
+        (["--offline"], "not taken from the hub; leave it out"),
+        (["--cache-dir", "cache"], "not taken from the hub; leave it out"),
+        (["--height", "0"], "multiple of 8"),
         (["--random-weights"], "--random-weights knows sd15, sd3-medium"),
     ],
 )
 def test_options_that_do_not_fit(capsys, checkpoint: Path, target: Path, arguments: list[str], said: str):
     assert said in refusal(capsys, checkpoint, "-o", target, *arguments)
     assert not target.exists()
+
+
+@pytest.mark.parametrize("option", [["--variant", "fp16"], ["--revision", "main"], ["--offline"]])
+def test_options_about_weights_that_random_ones_lack(capsys, target: Path, option: list[str]):
+    assert f"{option[0]}: --random-weights" in refusal(capsys, "sd15", "--random-weights", "-o", target, *option)
+    assert not target.exists()
+
+
+@pytest.fixture
+def copy(checkpoint: Path, tmp_path: Path) -> Path:
+    """A checkpoint that may be damaged."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+
+
+def edit(config: Path, **changes: object) -> None:
+    content = json.loads(config.read_text(encoding="utf-8")) | changes
+    config.write_text(json.dumps(content), encoding="utf-8")
+
+
+def test_a_damaged_tokenizer(capsys, copy: Path, target: Path):
+    whole = copy / "tokenizer" / "tokenizer.json"
+    (whole.parent / "merges.txt").unlink(missing_ok=True)
+    content = whole.read_bytes()
+    for damaged in (content[:-1000], b"[]", b'{"model": {"type": "BPE"}}'):
+        whole.write_bytes(damaged)
+        line = refusal(capsys, copy, "-o", target)
+        assert str(whole) in line
+        assert "download the checkpoint again" in line
+    assert sorted(path.name for path in target.parent.iterdir()) == ["copy"]
+
+
+def test_a_file_that_cannot_be_read_is_no_fault_of_the_target(capsys, copy: Path, target: Path):
+    gone = copy / "tokenizer" / "merges.txt"
+    gone.unlink(missing_ok=True)
+    gone.symlink_to(copy / "nowhere")  # as in a cache of downloads that was cleared by hand
+    line = refusal(capsys, copy, "-o", target)
+    assert line.startswith(f"export: {gone}: cannot be read")
+    assert str(target) not in line
+    assert sorted(path.name for path in target.parent.iterdir()) == ["copy"]
+
+
+@pytest.mark.parametrize("size", [None, "64", [18]])
+def test_a_checkpoint_that_names_no_size(capsys, copy: Path, target: Path, size: object):
+    edit(copy / "unet" / "config.json", sample_size=size)
+    assert "give --height and --width" in refusal(capsys, copy, "-o", target, "--height", "72")
+    assert main([str(copy), "-o", str(target), "--height", "72", "--width", "104", "--dry-run"]) == 0
+
+
+def job(checkpoint: Path, notes: Path) -> Job:
+    (notes / "out").mkdir()
+    return Job(
+        task="export",
+        component="text_encoder",
+        checkpoint=str(checkpoint),
+        folder=str(notes / "out"),
+        result=str(notes / "result.json"),
+        precision="fp32",
+        height=72,
+        width=104,
+        directions=2,
+        opset=plan.OPSET,
+        t5_tokens=0,
+        random=True,
+    )
+
+
+def test_want_of_memory_is_told_as_such(copy: Path, tmp_path: Path):
+    edit(copy / "text_encoder" / "config.json", vocab_size=2**42)  # more than a process can address
+    with pytest.raises(ExportError, match=r"text_encoder: the export process ran out of memory .* more memory"):
+        write.run(job(copy, tmp_path))
+
+
+def test_a_worker_that_cannot_write_its_result(copy: Path, tmp_path: Path):
+    (tmp_path / "result.partial").mkdir()  # stands where it would write, as a full disk would
+    with pytest.raises(ExportError, match=r"could not write its result .* set TMPDIR"):
+        write.run(job(copy, tmp_path))
 
 
 def test_what_is_there_is_left_alone(capsys, checkpoint: Path, target: Path):
@@ -121,6 +203,31 @@ def test_a_full_disk(capsys, checkpoint: Path, small_disk: Path):
     assert "No space left on device" in line
     assert "free some space" in line
     assert list(small_disk.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to one process")
+def test_ctrl_c_in_mid_export_leaves_nothing(checkpoint: Path, target: Path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "export", str(checkpoint), "-o", str(target)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    workers: list[psutil.Process] = []
+    deadline = time.monotonic() + 120
+    while not workers and time.monotonic() < deadline:
+        time.sleep(0.02)
+        workers = psutil.Process(process.pid).children(recursive=True)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "export: stopped; nothing was written"
+    assert "Traceback" not in said
+    assert workers
+    assert not psutil.wait_procs(workers, timeout=10)[1]
+    assert list(target.parent.iterdir()) == []
 
 
 @pytest.mark.slow

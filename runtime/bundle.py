@@ -382,6 +382,7 @@ def _foreign_facts(folder: Path) -> Facts:
             f"{folder}: neither {FILE} nor model_index.json: no bundle; make one with `python -m export MODEL -o DIR`"
         )
     facts = describe(folder, folder.resolve().name, Source(str(folder)))
+    _check_name(folder, facts.name)
     graphs = sorted(folder.glob("*/model.onnx"))
     components = {
         path.parent.name: Component(path.relative_to(folder).as_posix(), (), "unknown", 0, (), ()) for path in graphs
@@ -434,9 +435,9 @@ def _number(value: Any) -> bool:
 
 
 def _check_name(file: Path, name: str) -> None:
-    """A bundle's name begins those of the files made with it."""
+    """A bundle's name begins those of the files made with it, and stands in them."""
     if not name.isprintable() or set(name) & set('/\\:*?"<>|') or name.strip(" .") != name or not 0 < len(name) <= 100:
-        raise BundleError(f"{file}: the name {name!a:.60} is not one plain file name; export it again under another")
+        raise BundleError(f"{file}: the name {name!a:.60} is not one plain file name; give it another")
 
 
 def _check_inside(file: Path, path: str) -> None:

@@ -143,6 +143,8 @@ def _build(file: Path, content: dict[str, Any]) -> tokenizers.Tokenizer:
         raise BundleError(f"{file}: not a tokenizer ({error}); export or copy the bundle again") from None
     model = content["model"]
     unknown, words = model.get("unk_token"), model.get("vocab")
+    if isinstance(words, list) and model.get("unk_id") is None:  # Unigram, of T5
+        raise BundleError(f"{file}: no unk_id for what is not in the vocabulary; export or copy the bundle again")
     if isinstance(words, dict) and unknown is not None and unknown not in words:
         raise BundleError(f"{file}: unk_token {unknown!r} is not in the vocabulary; export or copy the bundle again")
     return tokenizer

@@ -204,6 +204,12 @@ def _rewrite(file, key, value):
     file.write_text(json.dumps(content | {key: value}), encoding="utf-8")
 
 
+def test_a_folder_whose_name_cannot_begin_a_files_is_refused(tmp_path):
+    folder = tiny_bundle.bundle(tmp_path / "b", "sd15", bare=True)
+    with pytest.raises(BundleError, match="not one plain file name"):
+        Bundle.open(folder.rename(tmp_path / ("x" * 101)))
+
+
 def test_sd3_patches_are_not_empty(tmp_path):
     folder = tiny_bundle.bundle(tmp_path / "b", "sd3", bare=True)
     _rewrite(folder / "transformer" / "config.json", "patch_size", 0)

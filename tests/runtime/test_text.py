@@ -49,6 +49,9 @@ def test_what_is_cut_is_told(tmp_path, caplog):
     assert caplog.messages == ["tokenizer: the prompt is cut to 6 tokens; lost: 'Blue sky'"]
 
 
+UNIGRAM = {"type": "Unigram", "vocab": [["!", 0.0]], "unk_id": None}
+
+
 def write(name, content):
     """A damage: other bytes or text in a file of the folder."""
     return lambda folder: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -67,6 +70,7 @@ def write(name, content):
         (write("tokenizer_config.json", '{"pad_token": "!", "bos_token": "?"}'), "'\\?' is not in the vocabulary"),
         (write("tokenizer.json", '{"version": "1.0"}'), "not a tokenizer .*Model missing"),
         (write("tokenizer.json", '{"version": "1.0", "model": 5}'), "not a tokenizer"),
+        (write("tokenizer.json", json.dumps({"version": "1.0", "added_tokens": [], "model": UNIGRAM})), "no unk_id"),
         (write("merges.txt", "#version: 0.2\nre\n"), "not a tokenizer .*Merges"),
         (write("merges.txt", "r e\nre q\n"), "not a tokenizer .*out of vocabulary"),
         (write("merges.txt", b"r \xff\n"), "merges.txt: not UTF-8"),

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 
 NOISE_SEED = 9_000_000  # of the first image, image i has NOISE_SEED + i; nothing is trained, fitted or chosen by these
-LARGEST_DB = 120.0  # of a PSNR: beyond it is the rounding of float32
 
 
 @dataclass(frozen=True)
@@ -116,13 +115,6 @@ class Bench:
         parts += [bundle.fingerprint() or str(bundle.folder.resolve()), list(self.prompts), NOISE_SEED, self.guidance]
         parts += [attempt.name, attempt.times, attempt.start_scale, attempt.numbers]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-
-
-def psnr(truth: NDArray[np.float32], pictures: NDArray[np.float32]) -> Array:
-    """Per image, (B,) dB, 120 at most: -10 log10 of the mean squared difference of pictures (B, H, W, 3) in [0, 1]."""
-    square = np.square(truth.astype(np.float64) - pictures).mean((1, 2, 3))
-    result: Array = -10 * np.log10(np.maximum(square, 10 ** (-LARGEST_DB / 10)))
-    return result
 
 
 def shown(pictures: NDArray[np.float32], scenes: Sequence[Scene]) -> float:

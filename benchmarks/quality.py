@@ -27,8 +27,9 @@ import numpy as np
 
 import epd
 from runtime.interval import Interval, interval
+from runtime.judge import psnr
 
-from .bench import Attempt, Bench, psnr, shown
+from .bench import Attempt, Bench, shown
 from .entrants import entrants, references
 
 if TYPE_CHECKING:

@@ -11,9 +11,10 @@ import pytest
 
 import epd
 from benchmarks.__main__ import main
-from benchmarks.bench import Bench, psnr
+from benchmarks.bench import Bench
 from benchmarks.entrants import asked, entrants, references
 from benchmarks.report import COLUMNS
+from runtime.judge import psnr
 from runtime.pipeline import Pipeline
 
 sys.path.append(str(Path(__file__).parents[1] / "runtime"))

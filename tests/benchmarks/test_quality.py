@@ -52,6 +52,7 @@ def test_every_solver_has_the_most_steps_that_fit(bench):
     assert not {m.name for m in methods if m.noisy} & found
 
 
+@pytest.mark.slow
 def test_work_is_what_the_driver_counts(bench):
     """Alone and by hand, image by image: the same latents, the same calls; guidance doubles the rows."""
     for attempt in entrants(bench, [5], [], ["heun", "dpmpp_3m", "epd", "parataa"]):
@@ -116,7 +117,7 @@ def test_psnr():
     assert psnr(truth, truth).tolist() == [120, 120]
 
 
-@pytest.mark.parametrize("family", ["sd3", "sd15"])
+@pytest.mark.parametrize("family", ["sd3", pytest.param("sd15", marks=pytest.mark.slow)])
 def test_all_forms_say_the_same(bundles, family, prompts, tmp_path, capsys):
     files = {form: tmp_path / f"quality.{form}" for form in ("csv", "markdown", "plot")}
     told = [text for form, file in files.items() for text in (f"--{form}", str(file))]

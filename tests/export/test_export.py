@@ -122,6 +122,7 @@ def test_trial_is_never_larger_than_the_picture_and_keeps_the_multiple(tmp_path:
     assert max(height, width) <= 24 * facts.latent.factor
 
 
+@pytest.mark.slow
 def test_random_weights_are_the_same_in_every_process():
     code = (
         "import torch; from pathlib import Path; from transformers import CLIPTextConfig, CLIPTextModel; import sys;"

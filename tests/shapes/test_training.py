@@ -19,7 +19,7 @@ def work(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["vae", "sd3", "sd15"])
+@pytest.mark.parametrize("name", ["vae", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sd3", "sd15"))])
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(name, work, monkeypatch):
     if name != "vae":
         train.run("vae", work, None)

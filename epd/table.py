@@ -151,7 +151,7 @@ class Table:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a table file: to a temporary name beside it, then renamed, so no reader ever sees half of it."""
         path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = path.with_name(f".{os.getpid()}.tmp")  # short: the path's own name may be as long as a name can be
         try:
             temporary.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
             os.replace(temporary, path)

@@ -291,6 +291,7 @@ def describe(
             "give a whole diffusers folder"
         ) from None
     checked: Facts = parse(Facts, json.loads(json.dumps(asdict(facts))), folder)
+    _check_name(folder, name)
     _check_numbers(folder, checked)
     return checked
 
@@ -382,7 +383,6 @@ def _foreign_facts(folder: Path) -> Facts:
             f"{folder}: neither {FILE} nor model_index.json: no bundle; make one with `python -m export MODEL -o DIR`"
         )
     facts = describe(folder, folder.resolve().name, Source(str(folder)))
-    _check_name(folder, facts.name)
     graphs = sorted(folder.glob("*/model.onnx"))
     components = {
         path.parent.name: Component(path.relative_to(folder).as_posix(), (), "unknown", 0, (), ()) for path in graphs

@@ -48,6 +48,11 @@ def test_a_name_that_means_nothing(capsys, target: Path):
     assert "sd3-medium, sd15, shapes-sd3" in refusal(capsys, "no-such-model", "-o", target)
 
 
+def test_a_name_no_bundle_may_have(capsys, checkpoint: Path, tmp_path: Path, target: Path):
+    copy = shutil.copytree(checkpoint, tmp_path / ("long" * 26))
+    assert "is not one plain file name" in refusal(capsys, copy, "-o", target)
+
+
 def test_a_model_that_is_not_downloaded(capsys, tmp_path: Path, target: Path):
     line = refusal(capsys, "nobody/nothing", "--offline", "--cache-dir", tmp_path / "cache", "-o", target)
     assert "not in the cache" in line

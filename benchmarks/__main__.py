@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
+
+from runtime.__main__ import carried_out
 
 from . import orders, quality
 
@@ -15,22 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     quality.add(commands)
     orders.add(commands)
-    options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-    from runtime.errors import RunError
-
-    try:
-        options.run(options)
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return 0
+    return carried_out(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

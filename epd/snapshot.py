@@ -270,7 +270,8 @@ def _legacy(budget: _Budget, blob: bytes) -> NDArray[Any]:
     stored = _run(stream, budget, storages=STORAGES)
     _rule(isinstance(stored, _Stored) and _run(stream, budget) == [stored.key], "a tensor's storage is not one storage")
     _rule(int.from_bytes(stream.read(8), "little") == stored.count, "a tensor's storage counts its numbers wrongly")
-    return stored.decode(stream.read())  # type: ignore[no-any-return]
+    numbers: NDArray[Any] = stored.decode(stream.read())
+    return numbers
 
 
 def _zipped(budget: _Budget, blob: bytes) -> NDArray[Any]:
@@ -287,7 +288,8 @@ def _zipped(budget: _Budget, blob: bytes) -> NDArray[Any]:
             _rule(isinstance(stored, _Stored), "a tensor's storage is not one storage")
             order = archive.read(files["byteorder"]) if "byteorder" in files else b"little"
             _rule(order == b"little", "a storage that is not little-endian")
-            return stored.decode(archive.read(files[f"data/{stored.key}"]))  # type: ignore[no-any-return]
+            numbers: NDArray[Any] = stored.decode(archive.read(files[f"data/{stored.key}"]))
+            return numbers
     except (zipfile.BadZipFile, RuntimeError, EOFError, KeyError, OverflowError) as error:
         raise ValueError(f"a tensor's storage is a broken zip ({error})") from error
 

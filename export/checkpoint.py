@@ -17,6 +17,7 @@ PUBLISHED = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
 }
 OURS = ("shapes-sd3", "shapes-sd15")
+_OWN_FOLDER = Path(shapes.__file__).parent / "checkpoints"
 _CONFIGURATIONS = ("model_index.json", "shapes.json", "scheduler/*", "tokenizer*/*", "*/config.json")
 
 
@@ -38,6 +39,11 @@ class Checkpoint:
     source: Source
     variant: str | None = None
     hub: Hub | None = None  # None: everything is in the folder
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is one that comes along, and no folder of the same name, which may hold other weights."""
+        return self.folder.parent == _OWN_FOLDER
 
     def fetch(self, components: tuple[str, ...]) -> None:
         """Downloads the weights of components where they are not here yet, and makes sure that they are.
@@ -89,7 +95,7 @@ def find(model: str, hub: Hub, variant: str | None) -> Checkpoint:
         If there is none, or the hub does not give it.
     """
     if model in OURS:
-        folder = Path(shapes.__file__).parent / "checkpoints" / model
+        folder = _OWN_FOLDER / model
         if not folder.is_dir():
             raise ExportError(f"{folder}: no such folder; train it with `python -m shapes.train`")
         return Checkpoint(folder, model, Source(model), variant)

@@ -31,7 +31,7 @@ from runtime.bundle import FILE, PROMPTS, TABLES, Component, Parity, Stored, Ten
 from runtime.parse import load_json
 
 from . import ExportError
-from .checkpoint import OURS, part_of, read_config
+from .checkpoint import part_of, read_config
 from .plan import Plan
 from .worker import GRAPH, NO_RESULT, SHORT_OF_MEMORY, TRIAL, Job
 
@@ -125,7 +125,7 @@ def _stored(bundle: Path, paths: Iterable[Path]) -> tuple[Stored, ...]:
 
 def _tables(plan: Plan, folder: Path) -> tuple[str, ...]:
     """Copies the shipped tables fitted to one of our own checkpoints, best first; their paths in the bundle."""
-    if plan.facts.name not in OURS or plan.facts.source.random_weights:
+    if not plan.checkpoint.ours:
         return ()
     tables = {file.name: Table.load(file) for file in sorted(SHIPPED.glob(f"{plan.facts.name}-*.json"))}
     if tables:

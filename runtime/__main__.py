@@ -20,7 +20,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command; 0, 2 for a user's mistake (one line on stderr), 130 for Ctrl-C."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path that the console's encoding has not
-    options = _parser().parse_args(arguments)
+    return carried_out(_parser().parse_args(arguments))
+
+
+def carried_out(options: argparse.Namespace) -> int:
+    """Exit status of the command `options.run`, warnings and errors told in one line each on stderr."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     from .errors import RunError
 

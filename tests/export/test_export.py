@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ import onnxruntime
 import pytest
 
 from export import plan
+from export.checkpoint import Hub, find
 from runtime.bundle import Bundle
+from shapes.publish import CHECKPOINTS
 from tests.pipelines import tiny_sd15
 
 
@@ -137,3 +140,9 @@ def test_random_weights_are_the_same_in_every_process():
             for _ in range(2)
         ]
     assert told[0] == told[1] != ""
+
+
+def test_shipped_tables_go_with_our_own_weights_only(tmp_path: Path):
+    copy = shutil.copytree(CHECKPOINTS / "shapes-sd3", tmp_path / "shapes-sd3")
+    assert find("shapes-sd3", Hub(), None).ours
+    assert not find(str(copy), Hub(), None).ours

@@ -14,7 +14,7 @@ from pathlib import Path
 from runtime.bundle import BundleError
 from runtime.memory import peak_rss_bytes
 
-from . import ExportError, checkpoint, plan, write
+from . import ExportError, checkpoint, plan, targets, write
 
 _NEEDS = ("torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "psutil", "safetensors", "onnxruntime")
 _T5_NONE = (
@@ -34,24 +34,31 @@ def parser() -> argparse.ArgumentParser:
     add("--components", nargs="+", metavar="NAME", help="only these, such as unet or vae_decoder (default: all)")
     add("--height", type=int, help="pixels (default: what the model was trained at)")
     add("--width", type=int, help="pixels")
+    add("--target", choices=targets.TARGETS, default="cpu", help="what it will run on (default: %(default)s)")
     add(
         "-k",
         "--directions",
         type=int,
-        default=2,
         metavar="K",
-        help="points per step; parity is tried at 2 and 2 K rows (default: 2)",
+        help="points per step; parity is tried at 2 and 2 K rows, and a static target has graphs of these (default: 2)",
+    )
+    add(
+        "--rows",
+        type=int,
+        nargs="+",
+        metavar="ROWS",
+        help="static targets: a graph of the backbone for each of these row counts, such as 2 4; 1 draws unguided",
     )
     add(
         "--dtype",
         choices=("fp32", "fp16"),
-        default="fp32",
-        help="fp16: backbone computes in fp16; encoders and VAE keep fp16 weights, and compute in fp32",
+        help="fp16: backbone computes in fp16; encoders and VAE keep fp16 weights, and compute in fp32 "
+        "(default: the target's; fp32 for cpu)",
     )
     add(
         "--t5", choices=("none", "fp16"), default="none", help="Stable Diffusion 3's third text encoder (default: none)"
     )
-    add("--opset", type=int, choices=plan.OPSETS, default=plan.OPSET, help="of the graphs (default: %(default)s)")
+    add("--opset", type=int, choices=plan.OPSETS, help="of the graphs (default: the target's; 23 for cpu)")
     add("--revision", help="branch, tag or commit on the hub")
     add("--variant", help="weight files to take, such as fp16")
     add("--cache-dir", metavar="DIR", help="where downloads are kept (default: HF_HOME)")
@@ -89,8 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run(given: argparse.Namespace, scratch: Path) -> dict[str, object]:
     """What the arguments ask for; the report that --json prints."""
     started = time.perf_counter()
-    if given.directions < 1:
-        raise ExportError(f"-k {given.directions}: at least one direction is needed")
+    targets.backbone_rows(given.target, given.directions, given.rows)
     if given.output and not given.dry_run:
         write.check_target(given.output, given.overwrite)
     hub = checkpoint.Hub(given.revision, given.cache_dir, given.offline)
@@ -110,6 +116,8 @@ def run(given: argparse.Namespace, scratch: Path) -> dict[str, object]:
             given.dtype,
             given.t5,
             given.opset,
+            given.target,
+            tuple(given.rows) if given.rows else None,
         ),
     )
     target = given.output or Path("bundles") / source.name
@@ -127,12 +135,14 @@ def run(given: argparse.Namespace, scratch: Path) -> dict[str, object]:
     say(f"{target}: {planned.width}x{planned.height}, {seconds:.0f} s, peak memory {peak / 1e9:.1f} GB in one process")
     return {
         "bundle": str(target),
+        "target": planned.target,
         "components": [
             {
                 "component": name,
                 "file": one.component.graph,
                 "bytes": sum(stored.bytes for stored in one.component.files),
                 "precision": one.component.precision,
+                "rows": one.component.rows,
                 "parity": vars(one.component.parity),
                 "seconds": one.seconds,
                 "export_rss_bytes": one.export_rss_bytes,

@@ -9,7 +9,7 @@ Knows nothing of files, processes or ONNX.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ _TOLERANCE = {"fp32": 1e-4, "fp16-weights": 1e-4, "fp16": 5e-3}
 
 @dataclass(frozen=True)
 class Contract:
-    """What a component's graph takes and gives. Every first axis is the dynamic one, `rows`."""
+    """What a component's graph takes and gives. Every first axis is `rows`, dynamic unless `fixed`."""
 
     component: str
     inputs: tuple[Tensor, ...]
@@ -52,6 +52,14 @@ class Contract:
         """One array per input: normal noise, timesteps that differ from row to row, prompts of differing length."""
         random = np.random.default_rng([seed, rows])
         return tuple(self._sample(tensor, rows, random) for tensor in self.inputs)
+
+    def fixed(self, rows: int) -> Contract:
+        """The contract of a graph of so many rows and no others."""
+        inputs, outputs = (
+            tuple(replace(tensor, shape=(rows, *tensor.shape[1:])) for tensor in tensors)
+            for tensors in (self.inputs, self.outputs)
+        )
+        return replace(self, inputs=inputs, outputs=outputs)
 
     def _sample(self, tensor: Tensor, rows: int, random: np.random.Generator) -> np.ndarray:
         shape = (rows, *tensor.shape[1:])

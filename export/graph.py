@@ -37,7 +37,7 @@ def trace(
         tuple(torch.from_numpy(sample) for sample in samples),
         input_names=[tensor.name for tensor in inputs],
         output_names=[tensor.name for tensor in outputs],
-        dynamic_shapes=(shapes,),
+        dynamic_shapes=(shapes,) if axes else None,
         opset_version=opset,
         dynamo=True,
         verbose=False,
@@ -103,7 +103,7 @@ def declared(model: ir.Model) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
 
 
 def macs(model: ir.Model, axis: str) -> dict[str, int]:
-    """Multiply-accumulates of each Conv, MatMul, Gemm and Attention node, the dynamic axis `axis` taken as 1.
+    """Multiply-accumulates of each Conv, MatMul, Gemm and Attention node, a dynamic axis `axis` taken as 1.
 
     Of Attention the two products are counted, scores and their sum over values, without masks.
     """

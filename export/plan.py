@@ -13,8 +13,8 @@ from runtime.parse import load_json
 
 from . import ExportError
 from .checkpoint import Checkpoint, read_config
+from .targets import backbone_rows, choose, component_rows, precision
 
-OPSET = 23  # the first with Attention, so that one node is one attention; ONNX Runtime's CPU kernels have it since 1.23
 OPSETS = (18, 20, 21, 23)
 TRIAL = (16, 24)  # latent height and width that parity is tried at, where the picture is larger
 
@@ -26,10 +26,12 @@ class Options:
     components: tuple[str, ...] | None = None  # None: all there are
     height: int | None = None  # pixels; None: the size the checkpoint was trained at
     width: int | None = None
-    directions: int = 2  # K: parity is tried at 2 and at 2 K rows
-    dtype: str = "fp32"  # fp32 | fp16
+    directions: int | None = None  # K, 2 if None: parity is tried at 2 and at 2 K rows, which static graphs have
+    dtype: str | None = None  # fp32 | fp16; None: the target's
     t5: str = "none"  # none | fp16
-    opset: int = OPSET
+    opset: int | None = None  # None: the target's
+    target: str = "cpu"  # a key of targets.TARGETS
+    rows: tuple[int, ...] | None = None  # of a static target's backbone, in place of 2 and 2 K
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Plan:
     directions: int
     opset: int
     t5: bool
+    target: str
+    rows: dict[str, tuple[int, ...]]  # component -> row counts of its graphs, the first graph's first; (): dynamic
 
 
 def make(checkpoint: Checkpoint, options: Options) -> Plan:
@@ -55,6 +59,8 @@ def make(checkpoint: Checkpoint, options: Options) -> Plan:
         If the folder is no checkpoint, a component is missing, or a size does not fit.
     """
     folder = checkpoint.folder
+    dtype, opset = choose(options.target, options.dtype, options.opset)
+    rows = backbone_rows(options.target, options.directions, options.rows)
     settings = {}
     if (folder / "shapes.json").is_file():
         settings = load_json(folder / "shapes.json")
@@ -73,6 +79,8 @@ def make(checkpoint: Checkpoint, options: Options) -> Plan:
     chosen = tuple(name for name in known if name in chosen)
     for name in chosen:
         read_config(folder, name)
+    if options.rows and BACKBONE[facts.family] not in chosen:
+        raise ExportError("--rows: of the backbone, which is not among --components; leave one of them out")
     height, width = _size(facts, read_config(folder, BACKBONE[facts.family]), options)
     defaults = Defaults(
         height,
@@ -82,21 +90,16 @@ def make(checkpoint: Checkpoint, options: Options) -> Plan:
     )
     return Plan(
         checkpoint,
-        replace(facts, defaults=defaults),
-        {name: precision(name, options.dtype) for name in chosen},
+        replace(facts, defaults=defaults, target=options.target),
+        {name: precision(name, dtype, options.target) for name in chosen},
         height,
         width,
-        options.directions,
-        options.opset,
+        options.directions or 2,
+        opset,
         t5,
+        options.target,
+        {name: component_rows(name, rows) for name in chosen},
     )
-
-
-def precision(component: str, dtype: str) -> str:
-    """The precision of a component in a bundle of a dtype, fp32 or fp16."""
-    if component == "text_encoder_3" or (dtype == "fp16" and component not in BACKBONE.values()):
-        return "fp16-weights"
-    return dtype
 
 
 def _size(facts: Facts, backbone: dict[str, Any], options: Options) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from runtime.memory import peak_rss_bytes
 
 from . import ExportError
 
-GRAPH, TRIAL = "model.onnx", "trial.onnx"
+GRAPH, TRIAL = "model.onnx", "trial.onnx"  # of several, those of the first row count
 NO_RESULT = 74  # exit status: the result could not be written
 SHORT_OF_MEMORY = (
     "ran out of memory or was killed for it; `--dry-run` tells what it needs: give a smaller --height and --width, "
@@ -52,6 +52,8 @@ class Job:
     directions: int
     opset: int
     t5_tokens: int
+    target: str = "cpu"
+    rows: tuple[int, ...] = ()  # a graph of each; (): one graph of any number
     variant: str | None = None
     random: bool = False
 
@@ -78,44 +80,73 @@ def main(path: str) -> int:
 
 
 def export(job: Job) -> dict[str, Any]:
-    """Writes the graph, its data file and, at a small size, the graph for parity; gives what bundle.json says of it."""
+    """Writes the graphs, their data file and, at a small size, those for parity; gives what bundle.json says of them."""
+    facts, module = _open(job)
+    agreed = _contract(job, facts, job.height, job.width)
+    found = [_export_graph(job, facts, module, rows) for rows in job.rows or (None,)]
+    return {
+        "inputs": [asdict(tensor) for tensor in agreed.inputs],
+        "outputs": [asdict(tensor) for tensor in agreed.outputs],
+        "macs": found[0],
+    }
+
+
+def _export_graph(job: Job, facts: Any, module: Any, rows: int | None) -> dict[str, int]:
+    """Writes the graph of a row count, or of any (None), and its small twin; its multiply-accumulates for one row."""
     from . import graph
     from .components import ROWS
     from .plan import trial_size
 
-    facts, module = _open(job)
-    agreed = _contract(job, facts, job.height, job.width)
-    model = graph.trace(module, agreed.inputs, agreed.outputs, agreed.samples(2), job.opset)
-    inputs, outputs = graph.declared(model)
-    if (inputs, outputs) != (agreed.inputs, agreed.outputs):
+    size = trial_size(facts, job.height, job.width)
+    agreed, small = (_contract(job, facts, *sides) for sides in ((job.height, job.width), size))
+    if rows is not None:
+        agreed, small = agreed.fixed(rows), small.fixed(rows)
+    model = graph.trace(module, agreed.inputs, agreed.outputs, agreed.samples(rows or 2), job.opset)
+    if (declared := graph.declared(model)) != (agreed.inputs, agreed.outputs):
         raise ExportError(
-            f"{job.component}: the graph declares {inputs} -> {outputs}, "
+            f"{job.component}: the graph declares {declared[0]} -> {declared[1]}, "
             f"agreed were {agreed.inputs} -> {agreed.outputs}; this is a fault of the exporter"
         )
-    found = {
-        "inputs": [asdict(tensor) for tensor in inputs],
-        "outputs": [asdict(tensor) for tensor in outputs],
-        "macs": graph.macs(model, ROWS),
-    }
-    graph.save(model, Path(job.folder) / GRAPH)
     kinds = Counter(node.op_type for node in model.graph)
+    _check_operators(job, kinds)
+    macs = {name: count // (rows or 1) for name, count in graph.macs(model, ROWS).items()}
+    first, path = Path(job.folder) / GRAPH, _graph_file(job, GRAPH, rows)
+    if path == first:
+        graph.save(model, path)
+    else:
+        graph.save_sharing(model, path, first)
     del model
-    size = trial_size(facts, job.height, job.width)
-    small = _contract(job, facts, *size)
     if small != agreed:
-        model = graph.trace(module, small.inputs, small.outputs, small.samples(2), job.opset)
+        model = graph.trace(module, small.inputs, small.outputs, small.samples(rows or 2), job.opset)
         if (others := Counter(node.op_type for node in model.graph)) != kinds:
             raise ExportError(
                 f"{job.component}: traced at {size[1]}x{size[0]} the graph has other nodes than at "
                 f"{job.width}x{job.height} ({kinds - others} against {others - kinds}), so that parity "
                 "cannot be tried at the small size; this is a fault of the exporter"
             )
-        graph.save_sharing(model, Path(job.folder) / TRIAL, Path(job.folder) / GRAPH)
-    return found
+        graph.save_sharing(model, _graph_file(job, TRIAL, rows), first)
+    return macs
+
+
+def _check_operators(job: Job, kinds: Counter[str]) -> None:
+    """ExportError for operators that the target denies."""
+    from .targets import TARGETS
+
+    if denied := sorted(TARGETS[job.target].denied & kinds.keys()):
+        raise ExportError(
+            f"{job.component}: its graph has {', '.join(denied)}, which --target {job.target} cannot run; "
+            "give another --opset or --target"
+        )
+
+
+def _graph_file(job: Job, first: str, rows: int | None) -> Path:
+    """The file of the graph of a row count, as `runtime.bundle.Component` names it."""
+    path = Path(job.folder) / first
+    return path if rows in (None, *job.rows[:1]) else path.with_stem(f"{path.stem}_rows{rows}")
 
 
 def parity(job: Job) -> dict[str, Any]:
-    """Largest error of the graph against torch in fp32, at 2 and 2 K rows; ExportError above the tolerance."""
+    """Largest error of the graphs against torch in fp32, each at its rows or at 2 and 2 K; ExportError above tolerance."""
     import numpy as np
     import onnxruntime
     import torch
@@ -124,19 +155,20 @@ def parity(job: Job) -> dict[str, Any]:
 
     facts, module = _open(job)
     small = _contract(job, facts, *trial_size(facts, job.height, job.width))
-    rows = tuple(dict.fromkeys((2, 2 * job.directions)))
+    rows = tuple(job.rows) or tuple(dict.fromkeys((2, 2 * job.directions)))
     module = module.reference()
     with torch.inference_mode():
         expected = [[tensor.numpy() for tensor in module(*map(torch.from_numpy, small.samples(n)))] for n in rows]
     del module
     gc.collect()
-    trial = Path(job.folder) / TRIAL
-    session = onnxruntime.InferenceSession(
-        trial if trial.exists() else Path(job.folder) / GRAPH, providers=["CPUExecutionProvider"]
-    )
     names = [tensor.name for tensor in small.inputs]
-    error = 0.0
+    error, session = 0.0, None
     for n, tensors in zip(rows, expected, strict=True):
+        if session is None or job.rows:
+            files = (_graph_file(job, kind, n if job.rows else None) for kind in (TRIAL, GRAPH))
+            session = onnxruntime.InferenceSession(
+                next(file for file in files if file.exists()), providers=["CPUExecutionProvider"]
+            )
         got = session.run(None, dict(zip(names, small.samples(n), strict=True)))
         for declared, one, other in zip(small.outputs, got, tensors, strict=True):
             if not np.isfinite(one).all():

@@ -296,22 +296,26 @@ def _write_component(plan: Plan, component: str, at: str, partial: Path, notes: 
                 directions=plan.directions,
                 opset=plan.opset,
                 t5_tokens=plan.facts.text.t5_tokens,
+                target=plan.target,
+                rows=plan.rows[component],
                 variant=plan.checkpoint.variant,
                 random=plan.checkpoint.source.random_weights,
             )
         )
         for task in ("export", "parity")
     )
-    (folder / TRIAL).unlink(missing_ok=True)
+    for trial in folder.glob(f"{Path(TRIAL).stem}*.onnx"):
+        trial.unlink()
     return Written(
         Component(
             graph=f"{component}/{GRAPH}",
-            files=_stored(partial, folder.glob(f"{GRAPH}*")),
+            files=_stored(partial, folder.glob(f"{Path(GRAPH).stem}*.onnx*")),
             precision=at,
             opset=plan.opset,
             inputs=_tensors(exported["inputs"]),
             outputs=_tensors(exported["outputs"]),
             parity=Parity(tuple(compared["rows"]), compared["error"], compared["tolerance"]),
+            rows=plan.rows[component],
             macs=exported["macs"],
         ),
         time.perf_counter() - started,

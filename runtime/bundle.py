@@ -69,17 +69,26 @@ class Parity:
 
 @dataclass(frozen=True)
 class Component:
-    """One graph: its files, what it was exported as, what it takes and gives."""
+    """One network: its graphs and their data, what it was exported as, what it takes and gives.
 
-    graph: str  # path of the .onnx file, relative to the bundle
+    One graph takes any number of rows, or there is one graph per row count, all over the data file of the first:
+    `model.onnx` has `rows[0]` rows, `model_rows4.onnx` beside it 4.
+    """
+
+    graph: str  # path of the .onnx file, relative to the bundle; of the first where there are several
     files: tuple[Stored, ...]
     precision: str  # fp32 | fp16
     opset: int
-    inputs: tuple[Tensor, ...]
+    inputs: tuple[Tensor, ...]  # the first axis is named, also where the graphs fix it: see `rows`
     outputs: tuple[Tensor, ...]
     parity: Parity | None = None  # None: exported with the check switched off, or not by us
-    rows: tuple[int, ...] = ()  # row counts of a static graph; empty: the row axis is dynamic
+    rows: tuple[int, ...] = ()  # row counts of static graphs, one graph each; empty: the row axis is dynamic
     macs: Mapping[str, int] = field(default_factory=dict)  # node name -> multiply-accumulates for one row
+
+    def graph_of(self, rows: int) -> str:
+        """Path of the static graph of so many rows, one of `self.rows`, relative to the bundle."""
+        path = PurePosixPath(self.graph)
+        return self.graph if rows == self.rows[0] else str(path.with_name(f"{path.stem}_rows{rows}{path.suffix}"))
 
 
 @dataclass(frozen=True)
@@ -141,6 +150,7 @@ class Facts:
         str, ...
     ] = ()  # solver tables that belong to it, paths relative to the bundle; the first is the default
     exported_by: Mapping[str, str] = field(default_factory=dict)  # package -> version
+    target: str = "cpu"  # what it was exported for, a key of export.targets.TARGETS
 
 
 @dataclass(frozen=True)
@@ -181,8 +191,8 @@ class Bundle:
         """Name of the component that is called at every step."""
         return BACKBONE[self.facts.family]
 
-    def graph(self, component: str) -> Path:
-        """Path of a component's graph.
+    def graph(self, component: str, rows: int | None = None) -> Path:
+        """Path of a component's graph; where it has one per row count, that of `rows`, or its first.
 
         Raises
         ------
@@ -195,7 +205,8 @@ class Bundle:
                 f"{self.folder}: no {component} in this bundle (it has: {have}); "
                 f"export it again without --components: `python -m export {self.facts.source.id} -o DIR`"
             )
-        return self.folder / self.facts.components[component].graph
+        part = self.facts.components[component]
+        return self.folder / (part.graph if rows is None else part.graph_of(rows))
 
     def require(self, *components: str) -> None:
         """Raises BundleError for the first of `components` that is missing."""
@@ -351,6 +362,12 @@ def read_facts(file: Path) -> Facts:
     content = {key: value for key, value in content.items() if key != "format"}
     facts: Facts = parse(Facts, content, file)
     parts = facts.components.values()
+    for name, part in facts.components.items():
+        listed = {one.path for one in part.files}
+        if any(not _whole(rows) or part.graph_of(rows) not in listed for rows in part.rows):
+            raise BundleError(
+                f"{file}: components.{name}.rows is {list(part.rows)}, but not all of these graphs are there"
+            )
     stored = [*(one for part in parts for one in part.files), *facts.files]
     for path in (*(part.graph for part in parts), *(one.path for one in stored), *facts.tables):
         _check_inside(file, path)
@@ -362,7 +379,10 @@ def read_facts(file: Path) -> Facts:
 def write_facts(folder: Path, facts: Facts) -> None:
     """Writes bundle.json, to a temporary name first."""
     partial = folder / (FILE + ".partial")
-    partial.write_text(json.dumps({"format": FORMAT} | asdict(facts), indent=1) + "\n", encoding="utf-8")
+    content = {"format": FORMAT} | asdict(facts)
+    if facts.target == "cpu":  # the default; programs older than targets read the bundle too
+        del content["target"]
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, folder / FILE)
 
 

@@ -22,8 +22,9 @@ def verify(bundle: Bundle) -> None:
     """
     bundle.verify()
     for name in bundle.facts.components:
-        with Session(bundle, name):
-            pass
+        for rows in bundle.facts.components[name].rows or (None,):
+            with Session(bundle, name, rows=rows):
+                pass
     check_tokenizers(bundle)
     for path in bundle.facts.tables:
         load_table(bundle.folder / path)
@@ -42,6 +43,7 @@ def describe(bundle: Bundle, *, verified: bool) -> str:
         f"text        {text.clip_tokens} CLIP tokens" + (f", {text.t5_tokens} T5" if facts.family == "sd3" else ""),
         f"defaults    {size}, {defaults.steps} steps, guidance {defaults.guidance:g}, "
         f"solver {'epd' if facts.tables else defaults.solver}",
+        f"target      {facts.target}",
         f"tables      {', '.join(facts.tables) or 'none'}",
     ]
     if source.random_weights:
@@ -62,6 +64,7 @@ def _component(name: str, component: Component) -> str:
         f"{name:16}{component.precision}",
         f"opset {component.opset}" if component.opset else "opset unknown",
         f"{size / 1e6:.1f} MB" if component.files else "size unknown",
+        *([f"graphs of {', '.join(map(str, component.rows))} rows"] if component.rows else []),
         f"parity {parity.error:.1e} (tolerance {parity.tolerance:.0e}, rows {', '.join(map(str, parity.rows))})"
         if parity
         else "parity not checked",

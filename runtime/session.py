@@ -8,7 +8,9 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import importlib.metadata
+import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from types import ModuleType, TracebackType
 from typing import Any, TypeVar
@@ -18,8 +20,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from .bundle import Bundle, Tensor
 from .errors import BundleError, NotFiniteError, ProviderError, RequestError
+from .rows import calls_of, cut, in_turn, join, rows_of
 
 Value = TypeVar("Value")
+log = logging.getLogger(__name__)
 
 # Name typed -> (ONNX Runtime's name, wheel that has it). Exactly one of the wheels may be installed.
 PROVIDERS = {
@@ -54,6 +58,9 @@ class Session:
         For another provider than the CPU, which ignores them without a word.
     session_options : onnxruntime.SessionOptions, optional
         Not changed unless the provider is another than the CPU, whose fallback is then switched off in them.
+    rows : int, optional
+        Of a component with one graph per row count: the graph of so many rows alone. None: each call runs the graph
+        of its rows, or, where there is none, several calls of fewer rows (see `runtime.rows`), which is told.
 
     Attributes
     ----------
@@ -69,9 +76,10 @@ class Session:
         provider: str = "cpu",
         provider_options: Mapping[str, str] | None = None,
         session_options: Any = None,
+        rows: int | None = None,
     ) -> None:
         self.bundle, self.component = bundle, component
-        self.path = bundle.graph(component)
+        self.path = bundle.graph(component, rows)
         self.provider = provider_name(provider)
         if provider_options and self.provider == PROVIDERS["cpu"][0]:
             raise ProviderError(f"{self.provider} takes no provider options; leave them out, or name another provider")
@@ -81,13 +89,26 @@ class Session:
         self._provider_options = dict(provider_options or {})
         self._session_options = session_options
         self._session: Any = None
+        counts = bundle.facts.components[component].rows if rows is None else ()
+        self._told: set[tuple[int, ...]] = set()
+        self._parts = {  # row count -> the session of that graph
+            count: Session(
+                bundle,
+                component,
+                provider=provider,
+                provider_options=provider_options,
+                session_options=session_options,
+                rows=count,
+            )
+            for count in counts
+        }
 
     @property
     def loaded(self) -> bool:
-        return self._session is not None
+        return self._session is not None or any(part.loaded for part in self._parts.values())
 
     def load(self) -> Session:
-        """Creates the session; does nothing if there is one.
+        """Creates the session; does nothing if there is one. Of several graphs the first: others wait for their rows.
 
         Raises
         ------
@@ -97,6 +118,10 @@ class Session:
             The graph or its data is missing, truncated or damaged.
         """
         if self._session is not None:
+            return self
+        if self._parts:
+            next(iter(self._parts.values())).load()
+            self._tally()
             return self
         ort = onnxruntime()
         require_provider(ort, self.provider)
@@ -125,6 +150,8 @@ class Session:
     def unload(self) -> None:
         """Releases the session and its memory; it can be loaded again."""
         self._session = None
+        for part in self._parts.values():
+            part.unload()
 
     def __enter__(self) -> Session:
         return self.load()
@@ -136,12 +163,16 @@ class Session:
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
-        """What the graph itself declares; loads it."""
+        """What the graph itself declares; loads it. Of several graphs what they share, the row axis named."""
+        if self._parts:
+            return self.bundle.facts.components[self.component].inputs
         return tuple(_tensor(argument) for argument in self._loaded().get_inputs())
 
     @property
     def outputs(self) -> tuple[Tensor, ...]:
-        """What the graph itself declares; loads it."""
+        """What the graph itself declares; loads it. Of several graphs what they share, the row axis named."""
+        if self._parts:
+            return self.bundle.facts.components[self.component].outputs
         return tuple(_tensor(argument) for argument in self._loaded().get_outputs())
 
     def __call__(self, *, want: Collection[str] | None = None, **arrays: ArrayLike) -> dict[str, NDArray[Any]]:
@@ -163,11 +194,14 @@ class Session:
         ------
         RequestError
             A tensor that does not fit; the message names component and input, what was expected and what came.
+            Rows that the bundle's graphs cannot make up; the message gives the export line.
         NotFiniteError
             NaN or infinity in an output.
         KeyboardInterrupt
             Ctrl-C stops the call in its midst.
         """
+        if self._parts:
+            return self._in_calls(self._checked(arrays), want)
         session = self._loaded()
         feeds = self._checked(arrays)
         names = [output.name for output in self.outputs]
@@ -188,6 +222,28 @@ class Session:
             if result.dtype.kind == "f" and not np.isfinite(result).all():
                 raise NotFiniteError(f"{self.component}: NaN or infinity in its output {name}; {self._remedy()}")
         return dict(zip(names, results, strict=True))
+
+    def _in_calls(self, feeds: dict[str, NDArray[Any]], want: Collection[str] | None) -> dict[str, NDArray[Any]]:
+        """One call of the graph of these rows, or several of the graphs there are."""
+        calls = calls_of(self.bundle, self.component, rows_of(self.component, feeds))
+        if len(calls) > 1 and calls not in self._told and self.component == self.bundle.backbone:
+            self._told.add(calls)
+            log.warning("%s", in_turn(self.bundle, self.component, calls))
+        parts = cut(calls)
+        answers = [
+            self._parts[len(rows)](want=want, **{name: value[rows] for name, value in feeds.items()}) for rows in parts
+        ]
+        self._tally()
+        return join(answers, parts)
+
+    def _tally(self) -> None:
+        """The totals of the parts, as this session's."""
+        parts = self._parts.values()
+        self.load_seconds = sum(part.load_seconds for part in parts)
+        self.run_seconds = sum(part.run_seconds for part in parts)
+        self.calls = sum(part.calls for part in parts)
+        known = [part.nodes for part in parts if part.nodes is not None]
+        self.nodes = dict(sum(map(Counter, known), Counter())) if known else None
 
     def _loaded(self) -> Any:
         self.load()

@@ -155,7 +155,7 @@ def job(checkpoint: Path, notes: Path) -> Job:
         height=72,
         width=104,
         directions=2,
-        opset=plan.OPSET,
+        opset=23,
         t5_tokens=0,
         random=True,
     )

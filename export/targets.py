@@ -36,17 +36,20 @@ class Target:
         return self.split != "any"
 
 
-# Opset 23 is the first with Attention, so that one node is one attention; ONNX Runtime's CPU kernels have it since 1.23.
-_EXACT = {"denied": _ATTENTION | _SHAPES, "vae": "fp32"}  # NPUs
+def _npu(opsets: tuple[int, ...], dtypes: tuple[str, ...], split: Literal["batch", "calls"]) -> Target:
+    return Target(opsets, dtypes, split, _ATTENTION | _SHAPES, "fp32")
+
+
+# Opset 23 has Attention, so that one node is one attention; ONNX Runtime's CPU kernels have it since 1.23.
 TARGETS = {
     "cpu": Target((23, 18, 20, 21), ("fp32", "fp16"), "any"),
     "cuda": Target((23, 18, 20, 21), ("fp16", "fp32"), "any"),
     "directml": Target((20, 18, 21), ("fp16", "fp32"), "any", denied=_ATTENTION),  # reads up to opset 21
     "webgpu": Target((20, 18, 21), ("fp32", "fp16"), "any", denied=_ATTENTION),  # fp16 needs shader-f16
-    "vitisai": Target((18, 20, 21), ("fp32",), "calls", **_EXACT),  # compiles fp32 graphs to bf16
-    "qnn": Target((20, 18, 21), ("fp16", "fp32"), "batch", **_EXACT),
-    "openvino": Target((20, 18, 21), ("fp32", "fp16"), "batch", **_EXACT),  # static for its NPU
-    "coreml": Target((18, 20, 21), ("fp16", "fp32"), "batch", **_EXACT),
+    "vitisai": _npu((18, 20, 21), ("fp32",), "calls"),  # compiles fp32 graphs to bf16
+    "qnn": _npu((20, 18, 21), ("fp16", "fp32"), "batch"),
+    "openvino": _npu((20, 18, 21), ("fp32", "fp16"), "batch"),  # static for its NPU
+    "coreml": _npu((18, 20, 21), ("fp16", "fp32"), "batch"),
 }
 
 

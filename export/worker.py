@@ -80,7 +80,7 @@ def main(path: str) -> int:
 
 
 def export(job: Job) -> dict[str, Any]:
-    """Writes the graphs, their data file and, at a small size, those for parity; gives what bundle.json says of them."""
+    """Writes the graphs, their data file and, at a small size, those for parity; gives what bundle.json says."""
     facts, module = _open(job)
     agreed = _contract(job, facts, job.height, job.width)
     found = [_export_graph(job, facts, module, rows) for rows in job.rows or (None,)]
@@ -146,7 +146,7 @@ def _graph_file(job: Job, first: str, rows: int | None) -> Path:
 
 
 def parity(job: Job) -> dict[str, Any]:
-    """Largest error of the graphs against torch in fp32, each at its rows or at 2 and 2 K; ExportError above tolerance."""
+    """Largest error of the graphs against torch in fp32, at their rows or at 2 and 2 K; ExportError above tolerance."""
     import numpy as np
     import onnxruntime
     import torch

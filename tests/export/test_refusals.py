@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from export import ExportError, plan, write
+from export import ExportError, write
 from export.__main__ import main
 from export.worker import Job
 from runtime.bundle import Bundle

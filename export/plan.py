@@ -79,8 +79,11 @@ def make(checkpoint: Checkpoint, options: Options) -> Plan:
     chosen = tuple(name for name in known if name in chosen)
     for name in chosen:
         read_config(folder, name)
-    if options.rows and BACKBONE[facts.family] not in chosen:
-        raise ExportError("--rows: of the backbone, which is not among --components; leave one of them out")
+    option = "--rows" if options.rows else "-k" if options.directions and rows else None
+    if option and BACKBONE[facts.family] not in chosen:
+        raise ExportError(
+            f"{option}: of the backbone's graphs, which are not among --components; leave one of them out"
+        )
     height, width = _size(facts, read_config(folder, BACKBONE[facts.family]), options)
     defaults = Defaults(
         height,

@@ -43,7 +43,7 @@ def describe(bundle: Bundle, *, verified: bool) -> str:
         f"text        {text.clip_tokens} CLIP tokens" + (f", {text.t5_tokens} T5" if facts.family == "sd3" else ""),
         f"defaults    {size}, {defaults.steps} steps, guidance {defaults.guidance:g}, "
         f"solver {'epd' if facts.tables else defaults.solver}",
-        f"target      {facts.target}",
+        *([] if bundle.foreign else [f"target      {facts.target}"]),
         f"tables      {', '.join(facts.tables) or 'none'}",
     ]
     if source.random_weights:

@@ -87,8 +87,7 @@ class Component:
 
     def graph_of(self, rows: int) -> str:
         """Path of the static graph of so many rows, one of `self.rows`, relative to the bundle."""
-        path = PurePosixPath(self.graph)
-        return self.graph if rows == self.rows[0] else str(path.with_name(f"{path.stem}_rows{rows}{path.suffix}"))
+        return self.graph if rows == self.rows[0] else f"{self.graph.removesuffix('.onnx')}_rows{rows}.onnx"
 
 
 @dataclass(frozen=True)

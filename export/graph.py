@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from runtime.bundle import Tensor
+from runtime.facts import Tensor
 
 DATA = "model.onnx_data"  # the external data file, beside the graph
 INLINE = 1024  # bytes: smaller tensors stay in the graph

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from runtime.bundle import BACKBONE, Defaults, Facts, describe
+from runtime.bundle import describe
+from runtime.facts import BACKBONE, Defaults, Facts
 from runtime.parse import load_json
 
 from . import ExportError

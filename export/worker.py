@@ -159,7 +159,8 @@ def _open(job: Job) -> tuple[Any, Any]:
     """Facts of the checkpoint and the component's torch module."""
     from safetensors import SafetensorError
 
-    from runtime.bundle import Source, describe
+    from runtime.bundle import describe
+    from runtime.facts import Source
 
     from .components import module
 

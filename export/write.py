@@ -27,7 +27,8 @@ from typing import Any
 
 from epd import Table
 from epd.catalogue import SHIPPED
-from runtime.bundle import FILE, PROMPTS, TABLES, Component, Parity, Stored, Tensor, best_first, sha256, write_facts
+from runtime.bundle import PROMPTS, TABLES, best_first, sha256
+from runtime.facts import FILE, Component, Parity, Stored, Tensor, write_facts
 from runtime.parse import load_json
 
 from . import ExportError

@@ -274,7 +274,8 @@ def _refuse(message: str) -> NoReturn:
 
 def _fit(options: argparse.Namespace) -> None:
     from . import png
-    from .fit import Order, fit_bundle, read_prompts
+    from .fit import fit_bundle
+    from .order import Order, read_prompts
     from .pipeline import DEFAULT, Pipeline
 
     pipe = Pipeline.from_pretrained(

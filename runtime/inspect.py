@@ -6,7 +6,8 @@ from typing import Any, get_args
 
 from epd.solvers import METHODS
 
-from .bundle import Bundle, Component, Family
+from .bundle import Bundle
+from .facts import Component, Family
 from .session import Session
 from .tables import load_table
 from .text import check_tokenizers

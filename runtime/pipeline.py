@@ -24,8 +24,9 @@ from PIL import Image
 
 import epd
 
-from .bundle import REQUIRED, Bundle
+from .bundle import Bundle
 from .errors import NotFiniteError, RequestError
+from .facts import REQUIRED
 from .memory import peak_rss_bytes
 from .noise import Stream
 from .plan import Plan, make_plan

@@ -15,8 +15,9 @@ import epd
 from epd.solve import Array, Solver
 from epd.solvers import METHODS
 
-from .bundle import Bundle, Facts
+from .bundle import Bundle
 from .errors import RequestError
+from .facts import Facts
 from .grid import own_grid
 from .tables import best_table, check_table, differences, find_table, load_table
 

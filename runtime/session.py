@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .bundle import Bundle, Tensor
+from .bundle import Bundle
 from .errors import BundleError, NotFiniteError, ProviderError, RequestError
+from .facts import Tensor
 
 Value = TypeVar("Value")
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 import epd
 
-from .bundle import Facts
 from .errors import BundleError
+from .facts import Facts
 from .session import Session
 
 Array = NDArray[np.float64]

@@ -14,8 +14,9 @@ import numpy as np
 import epd
 from epd import catalogue
 
-from .bundle import Bundle, Facts
+from .bundle import Bundle
 from .errors import RequestError
+from .facts import Facts
 from .grid import largest, own_grid, published_grid
 
 _BEYOND = 1.01  # times the largest trained sigma: where a table may start at most, SD1.5

@@ -13,7 +13,8 @@ import pytest
 import epd
 from runtime.__main__ import main
 from runtime.bundle import Bundle
-from runtime.fit import Fitting, Order, fit_bundle, read_prompts
+from runtime.fit import Fitting, fit_bundle
+from runtime.order import Order, read_prompts
 from runtime.pipeline import Pipeline
 
 PROMPTS = tuple(f"red a {i}" for i in range(8))

@@ -283,8 +283,6 @@ def _fit(options: argparse.Namespace) -> None:
         provider=options.provider,
         provider_options=_pairs(options.provider_option),
     )
-    if options.install and pipe.bundle.foreign:
-        _refuse(f"{pipe.bundle.folder}: no bundle.json to install a table in; leave --install out")
     if options.n is not None and options.n < 1:
         _refuse(f"-n must be 1 or more, got {options.n}")
     calls = options.n + 1 if options.n is not None else 6 if options.calls is None else options.calls
@@ -300,6 +298,8 @@ def _fit(options: argparse.Namespace) -> None:
     )
     output = options.output or Path(f"{pipe.bundle.facts.name}-k{options.k}-calls{calls}.json")
     png.check_writable(output, ".json")
+    if options.install:
+        pipe.bundle.check_install(output.name)
     teacher = Pipeline.from_pretrained(options.teacher) if options.teacher is not None else None
     table, judgement = fit_bundle(pipe, order, output, options.work, teacher)
     if options.install:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -144,18 +145,31 @@ class Bundle:
         content = {key: value for key, value in load_json(self.folder / FILE).items() if key != "tables"}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
+    def check_install(self, name: str) -> None:
+        """Raises BundleError where `install` could put no table of this name; called before the work of making one."""
+        if self.foreign:
+            raise BundleError(f"{self.folder}: no {FILE} to install a table in; export it with `python -m export`")
+        check_inside(self.folder, f"{TABLES}/{name}")
+        try:
+            for folder in (self.folder, self.folder / TABLES):
+                if folder.exists():
+                    with tempfile.TemporaryFile(dir=folder):
+                        pass
+        except OSError as error:
+            raise BundleError(
+                f"{self.folder}: cannot be written ({error.strerror}); leave --install out, or copy the bundle"
+            ) from None
+
     def install(self, table: epd.Table, name: str) -> None:
         """Makes a table one of this bundle's, in place of an older one of that name; the closest is its default.
 
         Raises
         ------
         BundleError
-            The folder has no bundle.json, or the name cannot be one of a file in it.
+            The folder has no bundle.json or cannot be written, or the name cannot be one of a file in it.
         """
-        if self.foreign:
-            raise BundleError(f"{self.folder}: no {FILE} to install a table in; export it with `python -m export`")
+        self.check_install(name)
         path = f"{TABLES}/{name}"
-        check_inside(self.folder, path)
         (self.folder / TABLES).mkdir(exist_ok=True)
         table.save(self.folder / path)
         facts = read_facts(self.folder / FILE)  # as it is now: another may have been installed since

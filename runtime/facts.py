@@ -6,11 +6,12 @@ Knows nothing of the folder they stand in; `runtime.bundle` does.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
+
+from epd.table import write_whole
 
 from .errors import BundleError
 from .parse import load_json, parse
@@ -150,10 +151,8 @@ def read_facts(file: Path) -> Facts:
 
 
 def write_facts(folder: Path, facts: Facts) -> None:
-    """Writes bundle.json, to a temporary name first."""
-    partial = folder / (FILE + ".partial")
-    partial.write_text(json.dumps({"format": FORMAT} | asdict(facts), indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, folder / FILE)
+    """Writes bundle.json, so that no reader ever sees half of it; OSError names it if it cannot be written."""
+    write_whole(folder / FILE, (json.dumps({"format": FORMAT} | asdict(facts), indent=1) + "\n").encode())
 
 
 def check_numbers(file: Path, facts: Facts) -> None:

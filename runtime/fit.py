@@ -302,6 +302,8 @@ def _written(file: Path) -> Iterator[IO[bytes]]:
         with partial_file.open("wb") as opened:
             yield opened
         os.replace(partial_file, file)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(file)) from error
     finally:
         partial_file.unlink(missing_ok=True)
 

@@ -249,12 +249,13 @@ def test_a_real_ctrl_c(tmp_path):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     finally:
         signal.signal(signal.SIGINT, heard)
-    try:
-        assert "RANDOM WEIGHTS" in process.stderr.readline()
-        time.sleep(2)
-        process.send_signal(signal.SIGINT)
-        printed, told = process.communicate(timeout=60)
-    finally:
-        process.kill()
+    with process:
+        try:
+            assert "RANDOM WEIGHTS" in process.stderr.readline()
+            time.sleep(2)
+            process.send_signal(signal.SIGINT)
+            printed, told = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert (process.returncode, printed, told) == (130, "", "stopped\n")
     assert [path.name for path in tmp_path.iterdir()] == ["b"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -202,6 +203,43 @@ def test_a_teacher_of_higher_precision_is_met(bundle, bundles, family, tmp_path)
         *_, last = epd.solve(epd.solvers.epd(table), start, judged._slope(groups))
         errors.append(np.abs(last.x - aim).mean())
     assert errors[1] < 0.8 * errors[0]
+
+
+def test_a_bundle_that_takes_no_table_is_told_before_the_work(bundle, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (bundle / "tables").write_text("", encoding="utf-8")  # stands where they would go
+    assert main(["fit", str(bundle), "--install"]) == 2
+    error = capsys.readouterr().err
+    assert "cannot be written" in error
+    assert "leave --install out" in error
+    assert error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == [bundle.name]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("may not mount a small disk here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("where", ["-o", "--work"])
+def test_a_full_disk_is_told_by_the_name_of_the_file(bundles, small_disk, tmp_path, capsys, where):
+    (small_disk / "full").write_bytes(bytes(12288))  # all there is
+    places = {"-o": tmp_path / "table.json", "--work": tmp_path / "work"} | {
+        where: small_disk / {"-o": "table.json", "--work": "work"}[where]
+    }
+    command = ["fit", str(bundles["sd3"]), "--calls", "3", "--trajectories", "2", "--teacher-calls", "24"]
+    command += ["--candidates", "1", *(str(word) for place in places.items() for word in place)]
+    assert main(command) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {places[where]}")
+    assert line.endswith("No space left on device")
+    assert [path for path in small_disk.rglob("*") if path.is_file()] == [small_disk / "full"]
 
 
 def test_a_foreign_folder_takes_no_table(bundles, tmp_path):

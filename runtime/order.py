@@ -5,12 +5,12 @@ Knows nothing of networks or tables.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from .bundle import PROMPTS
 from .errors import RequestError
+from .plan import MOST_DIRECTIONS
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,22 @@ class Order:
 
     def check(self) -> None:
         """Raises RequestError for the first thing that cannot be."""
+        for name, value, least, most in (
+            ("--calls", self.calls, 2, 100),
+            ("-k", self.directions, 1, MOST_DIRECTIONS),
+            ("--trajectories", self.trajectories, 2, 10_000),
+            ("--candidates", self.candidates, 1, 10_000),
+            ("--teacher-calls", self.teacher_calls, 1, 10_000),
+        ):
+            if not least <= value <= most:
+                raise RequestError(f"{name} must be from {least} to {most}, got {value}")
         for holds, text in (
-            (self.calls >= 2, f"--calls must be 2 or more, got {self.calls}"),
-            (self.directions >= 1, f"-k must be 1 or more, got {self.directions}"),
-            (self.trajectories >= 2, f"--trajectories must be 2 or more, got {self.trajectories}"),
-            (self.candidates >= 1, f"--candidates must be 1 or more, got {self.candidates}"),
             (
                 self.teacher_calls >= 8 * self.calls,
                 f"--teacher-calls must be 8 times --calls or more, got {self.teacher_calls}; give {8 * self.calls}",
             ),
             (len(self.prompts) >= 4, f"fitting needs 4 prompts or more, one a line, got {len(self.prompts)}"),
-            (all(math.isfinite(scale) for scale in self.guidance), "guidance scales must be finite numbers"),
+            (all(abs(scale) <= 1000 for scale in self.guidance), "guidance scales must be from -1000 to 1000"),
             (self.seed >= 0, f"--seed must be 0 or more, got {self.seed}"),
             (
                 self.trajectories // 2 >= len(self.guidance),

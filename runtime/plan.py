@@ -24,6 +24,7 @@ from .tables import best_table, check_table, differences, find_table, load_table
 Noise = Callable[[Array], Array]
 
 DIRECTIONS = 2  # of a start table, if nothing is said
+MOST_DIRECTIONS = 64  # each is a row of the network: more is a slip of the finger
 log = logging.getLogger(__name__)
 
 
@@ -204,8 +205,10 @@ def _solver(
         raise RequestError(f"a table is for the solver epd, not for {solver}; leave one of them out")
     if table is not None and calls is not None:
         raise RequestError("--calls picks one of the bundle's tables; give it or --table, not both")
-    if k is not None and (table is not None or calls is not None or solver != "epd" or k < 1):
-        raise RequestError("-k (1 or more) is for --solver epd without a table: a table has its own directions")
+    if k is not None and (table is not None or calls is not None or solver != "epd" or not 1 <= k <= MOST_DIRECTIONS):
+        raise RequestError(
+            f"-k (1 to {MOST_DIRECTIONS}) is for --solver epd without a table: a table has its own directions"
+        )
     if isinstance(table, epd.Table):
         return "epd", table, "the table"
     if table is not None:

@@ -1,0 +1,258 @@
+"""What a rule can look at in an ONNX graph: each check yields (where, what) for everything that breaks its limit.
+
+A view of a graph is made from its file alone: the weights of external data are never read. Knows no device; the limits
+are in `rules`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import onnx
+from onnx import external_data_helper, helper, inliner, shape_inference
+
+_CONTROL = frozenset({"If", "Loop", "Scan", "SequenceMap"})
+_RANDOM = ("Random", "Bernoulli", "Multinomial")
+
+Found = Iterator[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor's type: onnx.TensorProto's number (0: unknown) and its shape, a string where an axis is dynamic."""
+
+    dtype: int
+    shape: tuple[int | str, ...] | None  # None: unknown
+
+    @property
+    def static(self) -> bool:
+        return self.shape is not None and all(isinstance(size, int) for size in self.shape)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A graph as rules see it: what ONNX Runtime computes once, when it loads the graph, counts as constants."""
+
+    path: Path
+    opsets: Mapping[str, int]  # domain ("" is ONNX's own) -> version
+    inputs: tuple[str, ...]  # without the weights that old graphs list too
+    weights: Mapping[str, onnx.TensorProto]
+    values: Mapping[str, Value]
+    nodes: tuple[onnx.NodeProto, ...]  # those left when constants are folded; bodies of control flow included
+    constants: frozenset[str]
+
+
+def read(path: Path) -> Graph:
+    """Reads a graph without its external data, with the shapes ONNX infers.
+
+    Raises whatever onnx does where the file is no graph (DecodeError of protobuf, onnx.checker.ValidationError, ...).
+    """
+    model = onnx.load(path, load_external_data=False)
+    if model.functions:
+        model = inliner.inline_local_functions(model)
+    model = shape_inference.infer_shapes(model, data_prop=True)
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    known = [*model.graph.input, *model.graph.output, *model.graph.value_info]
+    values = {value.name: _value(value) for value in known if value.type.HasField("tensor_type")}
+    values |= {name: Value(tensor.data_type, tuple(tensor.dims)) for name, tensor in weights.items()}
+    nodes, constants = _fold(model.graph.node, values, set(weights))
+    return Graph(
+        path,
+        {
+            entry.domain.replace("ai.onnx", "", 1) if entry.domain == "ai.onnx" else entry.domain: entry.version
+            for entry in model.opset_import
+        },
+        tuple(value.name for value in model.graph.input if value.name not in weights),
+        weights,
+        values,
+        tuple(nodes),
+        frozenset(constants),
+    )
+
+
+def _value(info: onnx.ValueInfoProto) -> Value:
+    tensor = info.type.tensor_type
+    if not tensor.HasField("shape"):
+        return Value(tensor.elem_type, None)
+    sizes = (axis.dim_value if axis.HasField("dim_value") else axis.dim_param or "?" for axis in tensor.shape.dim)
+    return Value(tensor.elem_type, tuple(sizes))
+
+
+def _fold(
+    nodes: Iterable[onnx.NodeProto], values: Mapping[str, Value], constants: set[str]
+) -> tuple[list[onnx.NodeProto], set[str]]:
+    """The nodes that depend on an input, bodies included, and the names of all that does not."""
+    left = []
+    for node in nodes:
+        bodies = [attribute.g for attribute in node.attribute if attribute.HasField("g")]
+        sized = node.op_type in ("Shape", "Size") and values.get(node.input[0], Value(0, None)).static
+        fixed = all(not name or name in constants for name in node.input) and not node.op_type.startswith(_RANDOM)
+        if not bodies and (fixed or sized):
+            constants |= set(node.output)
+            continue
+        left.append(node)
+        for body in bodies:
+            inner, found = _fold(body.node, values, constants | {tensor.name for tensor in body.initializer})
+            left += inner
+            constants |= found
+    return left, constants
+
+
+def opset(graph: Graph, limit: tuple[int, int]) -> Found:
+    """ONNX's own operators are of a version from limit[0] to limit[1]."""
+    version = graph.opsets.get("", 0)
+    if not limit[0] <= version <= limit[1]:
+        yield "", f"opset {version}, where {limit[0]} to {limit[1]} are taken"
+
+
+def static(graph: Graph, limit: None = None) -> Found:
+    """Every size is a number: tells of the inputs that are not, and of nodes that make an unknown size from known."""
+    for name in graph.inputs:
+        if name in graph.values and not graph.values[name].static:
+            yield name, f"input of shape {_shape(graph.values[name])}"
+    for node in graph.nodes:
+        sources = [graph.values.get(name) for name in node.input if name]
+        made = [graph.values.get(name) for name in node.output if name]
+        if all(value and value.static for value in sources):
+            for value in made:
+                if value is None or not value.static:
+                    shape = _shape(value) if value else "unknown"
+                    yield _name(node), f"{node.op_type} gives the shape {shape}, which only the data decides"
+
+
+def control_flow(graph: Graph, limit: Collection[str] = _CONTROL) -> Found:
+    """No node whose body runs or not, or how often, by the data."""
+    for node in graph.nodes:
+        if node.op_type in limit:
+            yield _name(node), f"{node.op_type} decides at run time what is computed"
+
+
+def operators(graph: Graph, limit: Mapping[str, Collection[str]]) -> Found:
+    """Every node is of a domain and a type that limit names."""
+    for node in graph.nodes:
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        if node.op_type not in limit.get(domain, ()) and node.op_type not in _CONTROL:
+            yield _name(node), f"{domain + ':' if domain else ''}{node.op_type} is none of its operators"
+
+
+def denied(graph: Graph, limit: Collection[str]) -> Found:
+    """No node is of a type (with its domain and a colon, if it is not ONNX's own) that limit names."""
+    for node in graph.nodes:
+        domain = "" if node.domain in ("", "ai.onnx") else node.domain + ":"
+        if domain + node.op_type in limit:
+            yield _name(node), f"{domain}{node.op_type} does not run there"
+
+
+def rank(graph: Graph, limit: int) -> Found:
+    """No tensor has more axes than limit."""
+    for where, name, value in _touched(graph):
+        if value.shape is not None and len(value.shape) > limit:
+            yield where, f"{name} has {len(value.shape)} axes, {_shape(value)}, where {limit} are taken"
+
+
+def dtypes(graph: Graph, limit: Collection[str]) -> Found:
+    """Every tensor that is computed, and every input, is of a type that limit names."""
+    for where, name, value in _touched(graph):
+        kind = onnx.TensorProto.DataType.Name(value.dtype).lower()
+        if value.dtype and name not in graph.constants and kind not in limit:
+            yield where, f"{name} is {kind}"
+
+
+def node_dtypes(graph: Graph, limit: Mapping[str, Collection[str]]) -> Found:
+    """No input of a node whose type limit names is of one of the types named with it."""
+    for node in graph.nodes:
+        for name in node.input:
+            value = graph.values.get(name)
+            kind = onnx.TensorProto.DataType.Name(value.dtype).lower() if value else ""
+            if kind in limit.get(node.op_type, ()):
+                yield _name(node), f"{node.op_type} of {name}, which is {kind}"
+
+
+def constant_inputs(graph: Graph, limit: Mapping[str, Collection[int]]) -> Found:
+    """Inputs that limit names, by type of node and position, are constants."""
+    for node in graph.nodes:
+        for index in limit.get(node.op_type, ()):
+            if index < len(node.input) and node.input[index] not in graph.constants | {""}:
+                yield _name(node), f"{node.op_type} takes {node.input[index]}, its input {index}, from another node"
+
+
+def axis(graph: Graph, limit: int) -> Found:
+    """No axis of a graph's input is longer than limit."""
+    for name in graph.inputs:
+        value = graph.values.get(name)
+        if value and value.shape and any(isinstance(size, int) and size > limit for size in value.shape):
+            yield name, f"input of shape {_shape(value)}, an axis above {limit}"
+
+
+def tensor_bytes(graph: Graph, limit: int) -> Found:
+    """No weight and no activation takes more bytes than limit; a dynamic axis counts as 1."""
+    for where, name, value in _touched(graph):
+        if value.dtype and value.shape is not None and value.dtype != onnx.TensorProto.STRING:
+            sizes = [size for size in value.shape if isinstance(size, int)]
+            size = math.prod(sizes) * helper.tensor_dtype_to_np_dtype(value.dtype).itemsize
+            if size > limit:
+                yield where, f"{name} takes {size / 2**30:.1f} GiB, where {limit / 2**30:.1f} are taken"
+
+
+def rows(graph: Graph, limit: int) -> Found:
+    """The first axis of every input is limit at most, or dynamic."""
+    for name in graph.inputs:
+        value = graph.values.get(name)
+        if value and value.shape and isinstance(value.shape[0], int) and value.shape[0] > limit:
+            yield name, f"input of {value.shape[0]} rows, where {limit} is advised"
+
+
+def file_bytes(graph: Graph, limit: int) -> Found:
+    """The .onnx file itself, without external data, is not larger than limit."""
+    size = graph.path.stat().st_size
+    if size > limit:
+        yield "", f"{size / 2**30:.1f} GiB in the graph's own file"
+
+
+def external_data(graph: Graph, limit: None = None) -> Found:
+    """External data are real files inside the graph's folder, long enough for what the graph takes from them."""
+    folder = graph.path.parent
+    told = set()
+    for name, tensor in graph.weights.items():
+        if not external_data_helper.uses_external_data(tensor):
+            continue
+        info = external_data_helper.ExternalDataInfo(tensor)
+        wrong = _location(folder, info.location)
+        file = folder / info.location
+        if not wrong and (info.offset or 0) + (info.length or 0) > file.stat().st_size:
+            wrong = f"{info.location} ends before the weight does"
+        if wrong and wrong not in told:
+            told.add(wrong)
+            yield name, wrong
+
+
+def _location(folder: Path, location: str) -> str:
+    """What is wrong with a place of external data; empty if nothing."""
+    pure = PurePosixPath(location)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in location or ":" in location:
+        return f"{location} leads out of the folder"
+    file = folder / location
+    if file.is_symlink() or not file.resolve().is_relative_to(folder.resolve()):
+        return f"{location} is a link"
+    return "" if file.is_file() else f"{location} is missing"
+
+
+def _touched(graph: Graph) -> Iterator[tuple[str, str, Value]]:
+    """Each tensor that a node left takes or makes, once, with the name of the first such node."""
+    told = set()
+    for node in graph.nodes:
+        for name in (*node.input, *node.output):
+            if name in graph.values and name not in told:
+                told.add(name)
+                yield _name(node), name, graph.values[name]
+
+
+def _name(node: onnx.NodeProto) -> str:
+    return node.name or f"{node.op_type} -> {', '.join(node.output)}"
+
+
+def _shape(value: Value) -> str:
+    return "unknown" if value.shape is None else f"[{', '.join(map(str, value.shape))}]"

@@ -21,7 +21,7 @@ from .. import ExportError
 from . import checks
 from .rules import TARGETS, Rule
 
-__all__ = ["Finding", "TARGETS", "graph_files", "lint"]
+__all__ = ["TARGETS", "Finding", "graph_files", "lint"]
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ class Graph:
     path: Path
     opsets: Mapping[str, int]  # domain ("" is ONNX's own) -> version
     inputs: tuple[str, ...]  # without the weights that old graphs list too
+    outputs: tuple[str, ...]
     weights: Mapping[str, onnx.TensorProto]
     values: Mapping[str, Value]
     nodes: tuple[onnx.NodeProto, ...]  # those left when constants are folded; bodies of control flow included
@@ -61,11 +62,9 @@ def read(path: Path) -> Graph:
     nodes, constants = _fold(model.graph.node, values, set(weights))
     return Graph(
         path,
-        {
-            entry.domain.replace("ai.onnx", "", 1) if entry.domain == "ai.onnx" else entry.domain: entry.version
-            for entry in model.opset_import
-        },
+        {_domain(entry): entry.version for entry in model.opset_import},
         tuple(value.name for value in model.graph.input if value.name not in weights),
+        tuple(value.name for value in model.graph.output),
         weights,
         values,
         tuple(nodes),
@@ -88,7 +87,7 @@ def _fold(
     left = []
     for node in nodes:
         bodies = [attribute.g for attribute in node.attribute if attribute.HasField("g")]
-        sized = node.op_type in ("Shape", "Size") and values.get(node.input[0], Value(0, None)).static
+        sized = node.op_type == "Shape" and values.get(node.input[0], Value(0, None)).static
         fixed = all(not name or name in constants for name in node.input) and not node.op_type.startswith(_RANDOM)
         if not bodies and (fixed or sized):
             constants |= set(node.output)
@@ -123,7 +122,7 @@ def static(graph: Graph, limit: None = None) -> Found:
                     yield _name(node), f"{node.op_type} gives the shape {shape}, which only the data decides"
 
 
-def control_flow(graph: Graph, limit: Collection[str] = _CONTROL) -> Found:
+def control_flow(graph: Graph, limit: Collection[str]) -> Found:
     """No node whose body runs or not, or how often, by the data."""
     for node in graph.nodes:
         if node.op_type in limit:
@@ -133,42 +132,103 @@ def control_flow(graph: Graph, limit: Collection[str] = _CONTROL) -> Found:
 def operators(graph: Graph, limit: Mapping[str, Collection[str]]) -> Found:
     """Every node is of a domain and a type that limit names."""
     for node in graph.nodes:
-        domain = "" if node.domain == "ai.onnx" else node.domain
-        if node.op_type not in limit.get(domain, ()) and node.op_type not in _CONTROL:
-            yield _name(node), f"{domain + ':' if domain else ''}{node.op_type} is none of its operators"
+        if node.op_type not in limit.get(_domain(node), ()) and node.op_type not in _CONTROL:
+            yield _name(node), f"{_type(node)} is none of its operators"
 
 
 def denied(graph: Graph, limit: Collection[str]) -> Found:
     """No node is of a type (with its domain and a colon, if it is not ONNX's own) that limit names."""
     for node in graph.nodes:
-        domain = "" if node.domain in ("", "ai.onnx") else node.domain + ":"
-        if domain + node.op_type in limit:
-            yield _name(node), f"{domain}{node.op_type} does not run there"
+        if _type(node) in limit:
+            yield _name(node), f"{_type(node)} does not run there"
+
+
+def feeds(graph: Graph, limit: Mapping[str, Collection[str]]) -> Found:
+    """What a node of a type in limit gives goes to nodes of the types named with it alone: a pattern known as one."""
+    for node in graph.nodes:
+        if node.op_type in limit:
+            next_ones = {other.op_type for other in graph.nodes if set(node.output) & set(other.input)}
+            if not next_ones or not next_ones <= set(limit[node.op_type]):
+                yield _name(node), f"{node.op_type} outside of the pattern it is known in"
 
 
 def rank(graph: Graph, limit: int) -> Found:
     """No tensor has more axes than limit."""
     for where, name, value in _touched(graph):
         if value.shape is not None and len(value.shape) > limit:
-            yield where, f"{name} has {len(value.shape)} axes, {_shape(value)}, where {limit} are taken"
+            yield where, _axes(name, value, limit)
 
 
-def dtypes(graph: Graph, limit: Collection[str]) -> Found:
-    """Every tensor that is computed, and every input, is of a type that limit names."""
-    for where, name, value in _touched(graph):
-        kind = onnx.TensorProto.DataType.Name(value.dtype).lower()
-        if value.dtype and name not in graph.constants and kind not in limit:
-            yield where, f"{name} is {kind}"
+def rank_but_shuffles(graph: Graph, limit: tuple[int, Mapping[tuple[str, tuple[int, ...]], int]]) -> Found:
+    """No tensor has more axes than limit[0], save where a node permutes axes between two Reshapes.
 
-
-def node_dtypes(graph: Graph, limit: Mapping[str, Collection[str]]) -> Found:
-    """No input of a node whose type limit names is of one of the types named with it."""
+    limit[1] gives for a type of node and its permutation the most rows that are then taken.
+    """
+    made = {name: node for node in graph.nodes for name in node.output}
+    taken = {name: node for node in graph.nodes for name in node.input}
+    excused = set()
     for node in graph.nodes:
-        for name in node.input:
+        most = limit[1].get((node.op_type, _permutation(node)), 0)
+        before, after = made.get(node.input[0]), taken.get(node.output[0])
+        if most and before and after and before.op_type == after.op_type == "Reshape":
+            shape = graph.values.get(node.input[0], Value(0, None)).shape
+            if shape and isinstance(shape[0], int) and shape[0] <= most:
+                excused |= {node.input[0], node.output[0]}
+    for where, name, value in _touched(graph):
+        if value.shape is not None and len(value.shape) > limit[0] and name not in excused:
+            yield where, _axes(name, value, limit[0])
+
+
+def _permutation(node: onnx.NodeProto) -> tuple[int, ...]:
+    """Where a Transpose or an Einsum of one input takes its axes from; () for any other node."""
+    options = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    if node.op_type == "Transpose":
+        return tuple(options.get("perm", ()))
+    if node.op_type != "Einsum":
+        return ()
+    source, _, target = options["equation"].decode().replace(" ", "").partition("->")
+    return tuple(map(source.index, target)) if sorted(source) == sorted(target) else ()
+
+
+def _axes(name: str, value: Value, limit: int) -> str:
+    return f"{name} has {len(value.shape or ())} axes, {_shape(value)}, where {limit} are taken"
+
+
+def node_rank(graph: Graph, limit: Mapping[str, int]) -> Found:
+    """The first input of a node has no more axes than limit gives for its type."""
+    for node in graph.nodes:
+        shape = graph.values[node.input[0]].shape if node.input and node.input[0] in graph.values else None
+        if shape is not None and len(shape) > limit.get(node.op_type, len(shape)):
+            yield _name(node), f"{node.op_type} of {len(shape)} axes, where {limit[node.op_type]} are taken"
+
+
+def dtypes(graph: Graph, limit: Mapping[str, Collection[str]]) -> Found:
+    """What a node takes from others and gives is of a type in limit[""], or in the limit of its own type."""
+    for node in graph.nodes:
+        taken = {*limit[""], *limit.get(node.op_type, ())}
+        for name in (*node.input, *node.output):
             value = graph.values.get(name)
-            kind = onnx.TensorProto.DataType.Name(value.dtype).lower() if value else ""
-            if kind in limit.get(node.op_type, ()):
+            kind = onnx.TensorProto.DataType.Name(value.dtype).lower() if value and value.dtype else ""
+            if kind and name not in graph.constants and kind not in taken:
                 yield _name(node), f"{node.op_type} of {name}, which is {kind}"
+
+
+def output_casts(graph: Graph, limit: Collection[tuple[str, str]]) -> Found:
+    """No output of the graph is a Cast from a type to another that limit names together."""
+    for node in graph.nodes:
+        if node.op_type == "Cast" and node.output[0] in graph.outputs:
+            values = [graph.values.get(name, Value(0, None)) for name in (node.input[0], node.output[0])]
+            kinds = tuple(onnx.TensorProto.DataType.Name(value.dtype).lower() for value in values)
+            if kinds in limit:
+                yield _name(node), f"Cast of {kinds[0]} to {kinds[1]} as an output of the graph"
+
+
+def since(graph: Graph, limit: Mapping[str, int]) -> Found:
+    """Nodes of the types in limit are of its opset or a later one."""
+    version = graph.opsets.get("", 0)
+    for node in graph.nodes:
+        if not _domain(node) and version < limit.get(node.op_type, 0):
+            yield _name(node), f"{node.op_type} of opset {version}, where {limit[node.op_type]} or later is taken"
 
 
 def constant_inputs(graph: Graph, limit: Mapping[str, Collection[int]]) -> Found:
@@ -203,6 +263,12 @@ def rows(graph: Graph, limit: int) -> Found:
         value = graph.values.get(name)
         if value and value.shape and isinstance(value.shape[0], int) and value.shape[0] > limit:
             yield name, f"input of {value.shape[0]} rows, where {limit} is advised"
+
+
+def outputs(graph: Graph, limit: int) -> Found:
+    """The graph has no more outputs than limit."""
+    if len(graph.outputs) > limit:
+        yield "", f"{len(graph.outputs)} outputs"
 
 
 def file_bytes(graph: Graph, limit: int) -> Found:
@@ -248,6 +314,14 @@ def _touched(graph: Graph) -> Iterator[tuple[str, str, Value]]:
             if name in graph.values and name not in told:
                 told.add(name)
                 yield _name(node), name, graph.values[name]
+
+
+def _domain(named: onnx.NodeProto | onnx.OperatorSetIdProto) -> str:
+    return "" if named.domain == "ai.onnx" else named.domain
+
+
+def _type(node: onnx.NodeProto) -> str:
+    return f"{node.domain}:{node.op_type}" if _domain(node) else node.op_type
 
 
 def _name(node: onnx.NodeProto) -> str:

@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 from runtime.bundle import Bundle, BundleError
 
 from .. import ExportError
-from . import checks
+from .graph import Graph, read
 from .rules import TARGETS, Rule
 
 __all__ = ["TARGETS", "Finding", "graph_files", "lint"]
@@ -76,9 +76,9 @@ def _finding(file: Path, where: str, what: str, rule: Rule, target: str) -> Find
     return Finding(str(file), where, rule.id, what, rule.source, remedy, rule.advice)
 
 
-def _read(file: Path) -> checks.Graph:
+def _read(file: Path) -> Graph:
     try:
-        graph = checks.read(file)
+        graph = read(file)
     except (DecodeError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         reason = " ".join(str(error).split())
         raise ExportError(f"{file}: no valid ONNX graph ({reason:.120}); export or copy it again") from None

@@ -1,103 +1,22 @@
 """What a rule can look at in an ONNX graph: each check yields (where, what) for everything that breaks its limit.
 
-A view of a graph is made from its file alone: the weights of external data are never read. Knows no device; the limits
-are in `rules`.
+Knows no device; the limits are in `rules`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 import onnx
-from onnx import external_data_helper, helper, inliner, shape_inference
+from onnx import external_data_helper, helper
+
+from .graph import Graph, Value, domain
 
 _CONTROL = frozenset({"If", "Loop", "Scan", "SequenceMap"})
-_RANDOM = ("Random", "Bernoulli", "Multinomial")
 
 Found = Iterator[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Value:
-    """A tensor's type: onnx.TensorProto's number (0: unknown) and its shape, a string where an axis is dynamic."""
-
-    dtype: int
-    shape: tuple[int | str, ...] | None  # None: unknown
-
-    @property
-    def static(self) -> bool:
-        return self.shape is not None and all(isinstance(size, int) for size in self.shape)
-
-
-@dataclass(frozen=True)
-class Graph:
-    """A graph as rules see it: what ONNX Runtime computes once, when it loads the graph, counts as constants."""
-
-    path: Path
-    opsets: Mapping[str, int]  # domain ("" is ONNX's own) -> version
-    inputs: tuple[str, ...]  # without the weights that old graphs list too
-    outputs: tuple[str, ...]
-    weights: Mapping[str, onnx.TensorProto]
-    values: Mapping[str, Value]
-    nodes: tuple[onnx.NodeProto, ...]  # those left when constants are folded; bodies of control flow included
-    constants: frozenset[str]
-
-
-def read(path: Path) -> Graph:
-    """Reads a graph without its external data, with the shapes ONNX infers.
-
-    Raises whatever onnx does where the file is no graph (DecodeError of protobuf, onnx.checker.ValidationError, ...).
-    """
-    model = onnx.load(path, load_external_data=False)
-    if model.functions:
-        model = inliner.inline_local_functions(model)
-    model = shape_inference.infer_shapes(model, data_prop=True)
-    weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    known = [*model.graph.input, *model.graph.output, *model.graph.value_info]
-    values = {value.name: _value(value) for value in known if value.type.HasField("tensor_type")}
-    values |= {name: Value(tensor.data_type, tuple(tensor.dims)) for name, tensor in weights.items()}
-    nodes, constants = _fold(model.graph.node, values, set(weights))
-    return Graph(
-        path,
-        {_domain(entry): entry.version for entry in model.opset_import},
-        tuple(value.name for value in model.graph.input if value.name not in weights),
-        tuple(value.name for value in model.graph.output),
-        weights,
-        values,
-        tuple(nodes),
-        frozenset(constants),
-    )
-
-
-def _value(info: onnx.ValueInfoProto) -> Value:
-    tensor = info.type.tensor_type
-    if not tensor.HasField("shape"):
-        return Value(tensor.elem_type, None)
-    sizes = (axis.dim_value if axis.HasField("dim_value") else axis.dim_param or "?" for axis in tensor.shape.dim)
-    return Value(tensor.elem_type, tuple(sizes))
-
-
-def _fold(
-    nodes: Iterable[onnx.NodeProto], values: Mapping[str, Value], constants: set[str]
-) -> tuple[list[onnx.NodeProto], set[str]]:
-    """The nodes that depend on an input, bodies included, and the names of all that does not."""
-    left = []
-    for node in nodes:
-        bodies = [attribute.g for attribute in node.attribute if attribute.HasField("g")]
-        sized = node.op_type == "Shape" and values.get(node.input[0], Value(0, None)).static
-        fixed = all(not name or name in constants for name in node.input) and not node.op_type.startswith(_RANDOM)
-        if not bodies and (fixed or sized):
-            constants |= set(node.output)
-            continue
-        left.append(node)
-        for body in bodies:
-            inner, found = _fold(body.node, values, constants | {tensor.name for tensor in body.initializer})
-            left += inner
-            constants |= found
-    return left, constants
 
 
 def opset(graph: Graph, limit: tuple[int, int]) -> Found:
@@ -132,7 +51,7 @@ def control_flow(graph: Graph, limit: Collection[str]) -> Found:
 def operators(graph: Graph, limit: Mapping[str, Collection[str]]) -> Found:
     """Every node is of a domain and a type that limit names."""
     for node in graph.nodes:
-        if node.op_type not in limit.get(_domain(node), ()) and node.op_type not in _CONTROL:
+        if node.op_type not in limit.get(domain(node), ()) and node.op_type not in _CONTROL:
             yield _name(node), f"{_type(node)} is none of its operators"
 
 
@@ -169,11 +88,13 @@ def rank_but_shuffles(graph: Graph, limit: tuple[int, Mapping[tuple[str, tuple[i
     excused = set()
     for node in graph.nodes:
         most = limit[1].get((node.op_type, _permutation(node)), 0)
-        before, after = made.get(node.input[0]), taken.get(node.output[0])
-        if most and before and after and before.op_type == after.op_type == "Reshape":
-            shape = graph.values.get(node.input[0], Value(0, None)).shape
-            if shape and isinstance(shape[0], int) and shape[0] <= most:
-                excused |= {node.input[0], node.output[0]}
+        if not most:
+            continue
+        source, target = node.input[0], node.output[0]
+        between = [other.op_type for other in (made.get(source), taken.get(target)) if other] == ["Reshape"] * 2
+        shape = graph.values.get(source, Value(0, None)).shape
+        if between and shape and isinstance(shape[0], int) and shape[0] <= most:
+            excused |= {source, target}
     for where, name, value in _touched(graph):
         if value.shape is not None and len(value.shape) > limit[0] and name not in excused:
             yield where, _axes(name, value, limit[0])
@@ -227,7 +148,7 @@ def since(graph: Graph, limit: Mapping[str, int]) -> Found:
     """Nodes of the types in limit are of its opset or a later one."""
     version = graph.opsets.get("", 0)
     for node in graph.nodes:
-        if not _domain(node) and version < limit.get(node.op_type, 0):
+        if not domain(node) and version < limit.get(node.op_type, 0):
             yield _name(node), f"{node.op_type} of opset {version}, where {limit[node.op_type]} or later is taken"
 
 
@@ -316,12 +237,8 @@ def _touched(graph: Graph) -> Iterator[tuple[str, str, Value]]:
                 yield _name(node), name, graph.values[name]
 
 
-def _domain(named: onnx.NodeProto | onnx.OperatorSetIdProto) -> str:
-    return "" if named.domain == "ai.onnx" else named.domain
-
-
 def _type(node: onnx.NodeProto) -> str:
-    return f"{node.domain}:{node.op_type}" if _domain(node) else node.op_type
+    return f"{node.domain}:{node.op_type}" if domain(node) else node.op_type
 
 
 def _name(node: onnx.NodeProto) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import checks
+from .graph import Graph
 
 _ORT = "https://onnxruntime.ai/docs/execution-providers/"
 _EMULATOR = "measured: onnxruntime-qnn 2.7.0, x86 emulator of HTP v73"
@@ -41,7 +42,7 @@ class Rule:
     """One constraint of a target. `remedy` may name {target}."""
 
     id: str
-    check: Callable[[checks.Graph, Any], checks.Found]
+    check: Callable[[Graph, Any], checks.Found]
     limit: Any
     source: str
     remedy: str

@@ -131,6 +131,24 @@ def loop() -> onnx.ModelProto:
     return graph([node], [("m", TensorProto.INT64, ()), ("x", FLOAT, (2, 8))], [("y", FLOAT, (2, 8))])
 
 
+def branch() -> onnx.ModelProto:
+    def body(kind: str) -> onnx.GraphProto:
+        node = helper.make_node(kind, ["x"], [kind])
+        return helper.make_graph([node], kind, [], [helper.make_tensor_value_info(kind, FLOAT, (2, 8))])
+
+    node = helper.make_node("If", ["c"], ["y"], then_branch=body("Relu"), else_branch=body("Neg"))
+    return graph([node], [("c", TensorProto.BOOL, ()), ("x", FLOAT, (2, 8))], [("y", FLOAT, (2, 8))])
+
+
+def noise() -> onnx.ModelProto:
+    """A node without inputs, which no constant folding may touch."""
+    nodes = [
+        helper.make_node("RandomNormal", [], ["r"], shape=[2, 8]),
+        helper.make_node("Add", ["x", "r"], ["y"]),
+    ]
+    return graph(nodes, [("x", FLOAT, (2, 8))], [("y", FLOAT, (2, 8))])
+
+
 def gelu() -> onnx.ModelProto:
     """Gelu as exporters write it before opset 20."""
     nodes = [
@@ -181,6 +199,7 @@ QNN: dict[str, tuple[Callable[[], onnx.ModelProto], str | None]] = {
     "6 axes in an Einsum, 2 rows": (lambda: unpatchify(2, einsum=True), None),
     "uint8 between Q and DQ": (quantized, None),
     "cast of uint8": (lambda: cast(TensorProto.UINT8, FLOAT), None),
+    "if": (branch, None),
     "dynamic rows": (lambda: unary("Relu", ("rows", 4, 8, 8)), "static-shapes"),
     "sizes from data": (nonzero, "static-shapes"),
     "6 axes": (lambda: unary("Relu", (1, 1, 1, 1, 1, 8)), "rank"),
@@ -194,6 +213,7 @@ QNN: dict[str, tuple[Callable[[], onnx.ModelProto], str | None]] = {
     "group norm of opset 18": (lambda: norm(18), "versions"),
     "erf alone": (lambda: unary("Erf"), "gelu"),
     "sinh": (lambda: unary("Sinh"), "operators"),
+    "noise": (noise, "operators"),
     "asin": (lambda: unary("Asin"), "operators"),
     "softsign": (lambda: unary("Softsign"), "operators"),
     "com.microsoft attention": (lambda: attention("com.microsoft", 18), "operators"),

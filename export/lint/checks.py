@@ -27,18 +27,20 @@ def opset(graph: Graph, limit: tuple[int, int]) -> Found:
 
 
 def static(graph: Graph, limit: None = None) -> Found:
-    """Every size is a number: tells of the inputs that are not, and of nodes that make an unknown size from known."""
+    """Every size is a number: tells of inputs that have none, and of nodes that make what has none from what has."""
     for name in graph.inputs:
         if name in graph.values and not graph.values[name].static:
             yield name, f"input of shape {_shape(graph.values[name])}"
     for node in graph.nodes:
         sources = [graph.values.get(name) for name in node.input if name]
-        made = [graph.values.get(name) for name in node.output if name]
-        if all(value and value.static for value in sources):
-            for value in made:
-                if value is None or not value.static:
-                    shape = _shape(value) if value else "unknown"
-                    yield _name(node), f"{node.op_type} gives the shape {shape}, which only the data decides"
+        if domain(node) or not all(value and value.static for value in sources):
+            continue  # of other domains' operators ONNX infers nothing
+        for name in filter(None, node.output):
+            value = graph.values.get(name, Value(0, None))
+            if value.shape is None:
+                yield _name(node), f"{node.op_type} gives {name}, whose shape is neither stated nor inferred"
+            elif not value.static:
+                yield _name(node), f"{node.op_type} gives the shape {_shape(value)}, which only the data decides"
 
 
 def control_flow(graph: Graph, limit: Collection[str]) -> Found:
@@ -132,6 +134,15 @@ def dtypes(graph: Graph, limit: Mapping[str, Collection[str]]) -> Found:
             kind = onnx.TensorProto.DataType.Name(value.dtype).lower() if value and value.dtype else ""
             if kind and name not in graph.constants and kind not in taken:
                 yield _name(node), f"{node.op_type} of {name}, which is {kind}"
+
+
+def input_dtypes(graph: Graph, limit: Mapping[tuple[str, int], Collection[str]]) -> Found:
+    """No input of a node is of a type that limit names for its type and position."""
+    for node in graph.nodes:
+        for index, name in enumerate(node.input):
+            kind = onnx.TensorProto.DataType.Name(graph.values.get(name, Value(0, None)).dtype).lower()
+            if kind in limit.get((node.op_type, index), ()):
+                yield _name(node), f"{node.op_type} of {name}, its input {index}, which is {kind}"
 
 
 def output_casts(graph: Graph, limit: Collection[tuple[str, str]]) -> Found:

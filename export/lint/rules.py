@@ -127,6 +127,13 @@ TARGETS: dict[str, tuple[Rule, ...]] = {
         Rule("rank", checks.rank_but_shuffles, (5, _QNN_SHUFFLES), _EMULATOR, f"{_RANK}, or permute by Einsum"),
         Rule("dtypes", checks.dtypes, _QNN_DTYPES, _EMULATOR, _DTYPE),
         Rule(
+            "attention-mask",
+            checks.input_dtypes,
+            {("Attention", 3): ("bool",)},
+            _EMULATOR,
+            "give the mask as floats that are added, or export with opset 20 and below",
+        ),
+        Rule(
             "output-casts",
             checks.output_casts,
             {("float", "int64"), ("float16", "int64"), ("bool", "int64")},

@@ -67,6 +67,29 @@ def attention(domain: str = "", opset: int = 23) -> onnx.ModelProto:
     return graph([node], [(name, FLOAT, shape) for name in "qkv"], [("y", FLOAT, shape)], opset=opset)
 
 
+def masked() -> onnx.ModelProto:
+    """Attention with a mask of booleans."""
+    shape = (1, 2, 8, 16)
+    inputs = [*((name, FLOAT, shape) for name in "qkv"), ("m", TensorProto.BOOL, (8, 8))]
+    node = helper.make_node("Attention", ["q", "k", "v", "m"], ["y"])
+    return graph([node], inputs, [("y", FLOAT, shape)], opset=23)
+
+
+def normed_convolution(stated: bool) -> onnx.ModelProto:
+    """Of GroupNormalization ONNX infers no shape: a graph states it, or nobody knows it."""
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], pads=[1] * 4),
+        helper.make_node("GroupNormalization", ["c", "s", "s"], ["z"], num_groups=2),
+        helper.make_node("Relu", ["z"], ["y"]),
+    ]
+    weights = {"w": np.ones((4, 4, 3, 3), np.float32), "s": np.ones(4, np.float32)}
+    shape = (1, 4, 8, 8)
+    model = graph(nodes, [("x", FLOAT, shape)], [("y", FLOAT, shape)], weights, opset=21)
+    if stated:
+        model.graph.value_info.append(helper.make_tensor_value_info("z", FLOAT, shape))
+    return model
+
+
 def unpatchify(rows: int, einsum: bool = False) -> onnx.ModelProto:
     """Tokens to pixels, over a tensor of 6 axes."""
     move = (
@@ -200,6 +223,9 @@ QNN: dict[str, tuple[Callable[[], onnx.ModelProto], str | None]] = {
     "uint8 between Q and DQ": (quantized, None),
     "cast of uint8": (lambda: cast(TensorProto.UINT8, FLOAT), None),
     "if": (branch, None),
+    "stated shape": (lambda: normed_convolution(stated=True), None),
+    "shape never stated": (lambda: normed_convolution(stated=False), "static-shapes"),
+    "attention with a boolean mask": (masked, "attention-mask"),
     "dynamic rows": (lambda: unary("Relu", ("rows", 4, 8, 8)), "static-shapes"),
     "sizes from data": (nonzero, "static-shapes"),
     "6 axes": (lambda: unary("Relu", (1, 1, 1, 1, 1, 8)), "rank"),

@@ -1,8 +1,10 @@
 """What each target's provider takes, as data: a rule is a check, its limit, who says so, and what to do.
 
-Rules of qnn were measured: session.disable_cpu_ep_fallback=1, onnxruntime-qnn 2.7.0 with ONNX Runtime 1.32 on
-Qualcomm's x86 emulator of HTP v73. The others are what vendors publish, none of them tried on a device here; where they
-publish nothing there is no rule, so that no finding means "nothing known against it". Advice is told and not counted.
+Rules of qnn were measured with the graphs of tests/export/lint_graphs.py: session.disable_cpu_ep_fallback=1,
+onnxruntime-qnn 2.7.0 with ONNX Runtime 1.32 on Qualcomm's x86 emulator of HTP v73; operators that are in none of those
+graphs are taken from its documentation. The other targets' are what vendors publish, none of them tried on a device
+here; where they publish nothing there is no rule, so that no finding means "nothing known against it". AMD publishes no
+whole list of operators. Advice is told and not counted.
 """
 
 from __future__ import annotations
@@ -56,17 +58,16 @@ def _names(text: str) -> frozenset[str]:
 # What the QNN provider lists, less what the emulator refused, and more that it took though it is not listed.
 _QNN_OPERATORS = {
     "": _names(
-        """Abs Add And ArgMax ArgMin ArrayFeatureExtractor Atan Attention AveragePool BatchNormalization Cast Ceil Clip
-        Concat Conv ConvTranspose Cos CumSum DepthToSpace DequantizeLinear Div Einsum
-        Elu Equal Erf Exp Expand Flatten Floor Gather GatherElements GatherND Gelu Gemm GlobalAveragePool GlobalMaxPool
-        Greater GreaterOrEqual GridSample GroupNormalization GRU HardSigmoid HardSwish Identity InstanceNormalization
-        Inverse IsInf IsNaN LRN LSTM LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax LpNormalization LpPool
-        MatMul Max MaxPool MaxRoiPool Mean Min Mish Mod Mul Neg NonMaxSuppression Not OneHot Or PRelu Pad
-        Pow QLinearConv QLinearMatMul QuantizeLinear RMSNormalization RandomNormalLike RandomUniformLike Reciprocal
-        ReduceL2 ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum Relu Reshape Resize RoiAlign
-        RotaryEmbedding Round STFT ScatterElements ScatterND Selu Shape Sigmoid Sign Sin Slice Softmax Softplus
-        SpaceToDepth Split Sqrt Squeeze Sub Sum Swish Tan Tanh ThresholdedRelu Tile TopK Transpose Unsqueeze Upsample
-        Where Xor"""
+        """Abs Add And ArgMax ArgMin ArrayFeatureExtractor Atan Attention AveragePool BatchNormalization Cast Ceil
+        Clip Concat Conv ConvTranspose Cos CumSum DepthToSpace DequantizeLinear Div Einsum Elu Equal Erf Exp Expand
+        Flatten Floor Gather GatherElements GatherND Gelu Gemm GlobalAveragePool GlobalMaxPool Greater GreaterOrEqual
+        GridSample GroupNormalization GRU HardSigmoid HardSwish Identity InstanceNormalization Inverse IsInf IsNaN
+        LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax LpNormalization LpPool LRN LSTM MatMul Max
+        MaxPool MaxRoiPool Mean Min Mish Mod Mul Neg NonMaxSuppression Not OneHot Or Pad Pow PRelu QLinearConv
+        QLinearMatMul QuantizeLinear RandomNormalLike RandomUniformLike Reciprocal ReduceL2 ReduceLogSumExp ReduceMax
+        ReduceMean ReduceMin ReduceProd ReduceSum Relu Reshape Resize RMSNormalization RoiAlign RotaryEmbedding Round
+        ScatterElements ScatterND Selu Shape Sigmoid Sign Sin Slice Softmax Softplus SpaceToDepth Split Sqrt Squeeze
+        STFT Sub Sum Swish Tan Tanh ThresholdedRelu Tile TopK Transpose Unsqueeze Upsample Where Xor"""
     ),
     "com.microsoft": _names(
         """DequantizeLinear FusedMatMul Gelu QuantizeLinear QuickGelu RotaryEmbedding
@@ -77,7 +78,7 @@ _COREML_OPERATORS = {  # of an ML Program
     "": _names(
         """Add ArgMax AveragePool Cast Ceil Clip Concat Conv ConvTranspose Cos DepthToSpace Div Elu Erf Exp GatherND
         Gelu Gemm GlobalAveragePool GlobalMaxPool GridSample GroupNormalization HardSigmoid Identity
-        InstanceNormalization LayerNormalization LeakyRelu MatMul Max MaxPool Mul PRelu Pow Range Reciprocal ReduceMax
+        InstanceNormalization LayerNormalization LeakyRelu MatMul Max MaxPool Mul Pow PRelu Range Reciprocal ReduceMax
         ReduceMean ReduceSum Relu Reshape Resize Round Shape Sigmoid Sin Slice Softmax Softplus Split Sqrt Squeeze Sub
         Tanh Tile Transpose Unsqueeze"""
     ),
@@ -85,7 +86,7 @@ _COREML_OPERATORS = {  # of an ML Program
 }
 # Operators that have a kernel for CPU alone, of those that transformers and convolution nets are made of.
 _DIRECTML_DENIED = _names(
-    "Attention Det Gelu HardSwish Mish RMSNormalization RotaryEmbedding Swish TensorScatter Unique "
+    "Attention Det Gelu HardSwish RMSNormalization RotaryEmbedding Unique "
     "com.microsoft:FusedConv com.microsoft:GatherBlockQuantized com.microsoft:NhwcMaxPool"
 )
 # Tokens to pixels and back, with 6 axes between two Reshapes: an Einsum is known at any rows, a Transpose at one.

@@ -142,12 +142,10 @@ class Session:
             return
         macs = self.bundle.facts.components[self.component].macs
         placed = assignment.assign(self.component, self.provider, nodes, macs)
-        is_backbone = self.component == self.bundle.backbone
-        if is_backbone or self.fallback == "never":
+        if self.component == self.bundle.backbone or self.fallback == "never":
             assignment.check(placed, self.fallback)
-        if self.assignment is None:
-            level = logging.WARNING if placed.share < 1 else logging.INFO if is_backbone else logging.DEBUG
-            log.log(level, "%s", placed)
+        if self.assignment is None and placed.share < 1:
+            log.warning("%s", placed)
         self.assignment = placed
 
     def unload(self) -> None:
@@ -368,4 +366,4 @@ def _tensor(argument: Any) -> Tensor:
 
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:300] + " ..."
+    return text if len(text) <= 300 else f"{text[:100]} ... {text[-200:]}"  # the end names the cause

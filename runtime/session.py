@@ -246,9 +246,9 @@ class Session:
             return BundleError(
                 f"{self.path}: onnxruntime cannot load it ({_one_line(error)}); export or copy the bundle again"
             )
+        remedy = "leave --strict out" if self.fallback == "never" else "export it for this provider"
         return ProviderError(
-            f"{self.component}: {self.provider} cannot run it ({_one_line(error)}); see with `python -m runtime "
-            "inspect --provider` which operators it lacks, or give --provider cpu"
+            f"{self.component}: {self.provider} cannot run it ({_one_line(error)}); {remedy}, or give --provider cpu"
         )
 
     def _checked(self, arrays: Mapping[str, ArrayLike]) -> dict[str, NDArray[Any]]:

@@ -2,8 +2,11 @@
 
 import json
 
+import numpy as np
+import onnxruntime
 import pytest
 import tiny_bundle
+from onnx import TensorProto, helper, numpy_helper
 
 from runtime import Pipeline, assignment
 from runtime.__main__ import main
@@ -14,6 +17,7 @@ from runtime.pipeline import find
 from runtime.session import Session
 
 NPU, CPU = "QNNExecutionProvider", "CPUExecutionProvider"
+WEIGHTS = {"w": (4, 6), "b": (6,)}
 SHAPES = [Node(f"shape_{i}", "Shape", CPU) for i in range(100)]
 MACS = {"conv": 600, "product": 300, "attention": 100}
 
@@ -146,6 +150,31 @@ def test_on_the_cpu_everything_is_on_the_cpu(caplog):
     assert {"MatMul", "Attention"} <= {part.operator for part in one.parts if part.share > 0.05}
     assert str(one) == f"transformer: 100 % of the compute on {CPU} ({one.nodes[CPU]} nodes)"
     assert caplog.messages == []
+
+
+def test_what_onnxruntime_fuses_or_opens_is_found_again(tmp_path):
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["m"], name="product"),
+        helper.make_node("Add", ["m", "b"], ["a"], name="sum"),
+        helper.make_node("GroupNormalization", ["a", "b", "b"], ["y"], name="norm", num_groups=2),  # has no kernel
+    ]
+    weights = [numpy_helper.from_array(np.ones(shape, np.float32), name) for name, shape in WEIGHTS.items()]
+    io = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", n]) for name, n in (("x", 4), ("y", 6))]
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", io[:1], io[1:], weights),
+        opset_imports=[helper.make_opsetid("", 21)],
+        ir_version=10,
+    )
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry(assignment.RECORD, "1")
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[CPU])
+    found = assignment.recorded(session)
+    if found is None:
+        pytest.skip("this onnxruntime cannot tell where nodes run")
+    assert "product" not in {node.name for node in found}
+    assert "" in {node.name for node in found}
+    parts = assign("unet", CPU, found, {"product": 24}).parts
+    assert (parts[0].operator, parts[0].share) == ("Gemm", 1)
 
 
 def told_of(monkeypatch, providers):

@@ -75,7 +75,7 @@ class Assignment:
     @property
     def measure(self) -> str:
         """What the shares are of, in words."""
-        return "the compute" if self.by_compute else "the nodes (its bundle does not give their compute)"
+        return "the compute" if self.by_compute else "the nodes (their compute is not known)"
 
     def fits(self, fallback: Fallback) -> bool:
         """Whether no more fell back than may: 10 % of the compute if `limited`, no node if `never`, else all of it."""

@@ -82,7 +82,7 @@ def test_a_bundle_without_multiply_accumulates_is_judged_by_its_nodes_and_says_s
     one = placed([*on(conv=CPU, product=NPU, attention=NPU)], macs={})
     assert one.share == pytest.approx(2 / 3)
     assert str(one) == (
-        "unet: 67 % of the nodes (its bundle does not give their compute) on QNNExecutionProvider (2 nodes), the rest "
+        "unet: 67 % of the nodes (their compute is not known) on QNNExecutionProvider (2 nodes), the rest "
         "on CPUExecutionProvider: Conv 33 % (nodes: 1)"
     )
     with pytest.raises(ProviderError, match="67 % of the nodes"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import importlib.metadata
+import logging
 import time
 from collections.abc import Callable, Collection, Mapping
 from types import ModuleType, TracebackType
@@ -16,11 +17,14 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from . import assignment
+from .assignment import Assignment, Fallback
 from .bundle import Bundle
 from .errors import BundleError, NotFiniteError, ProviderError, RequestError
 from .facts import Tensor
 
 Value = TypeVar("Value")
+log = logging.getLogger(__name__)
 
 # Name typed -> (ONNX Runtime's name, wheel that has it). Exactly one of the wheels may be installed.
 PROVIDERS = {
@@ -49,17 +53,21 @@ class Session:
     bundle, component
         Which graph.
     provider : str
-        `cpu`, another key of `PROVIDERS`, or ONNX Runtime's own name of one; any case. Nothing else runs: a node that
-        the provider cannot take is an error, not a silent fallback to the CPU.
+        `cpu`, another key of `PROVIDERS`, or ONNX Runtime's own name of one; any case.
     provider_options : mapping of str to str, optional
         For another provider than the CPU, which ignores them without a word.
     session_options : onnxruntime.SessionOptions, optional
-        Not changed unless the provider is another than the CPU, whose fallback is then switched off in them.
+        Only what `fallback` needs is added to them.
+    fallback : {"limited", "allowed", "never"}
+        What may run on the CPU in place of another provider: of the backbone less than 10 % of the compute (of the
+        other components anything), anything, or no node of any component. Whatever does is a warning.
 
     Attributes
     ----------
     load_seconds, run_seconds, calls
         Totals over the life of this object, over all loads.
+    assignment
+        Where its nodes run; None before it is loaded, or where onnxruntime, older than 1.24, cannot tell.
     """
 
     def __init__(
@@ -70,15 +78,16 @@ class Session:
         provider: str = "cpu",
         provider_options: Mapping[str, str] | None = None,
         session_options: Any = None,
+        fallback: Fallback = "limited",
     ) -> None:
-        self.bundle, self.component = bundle, component
+        self.bundle, self.component, self.fallback = bundle, component, fallback
         self.path = bundle.graph(component)
         self.provider = provider_name(provider)
         if provider_options and self.provider == PROVIDERS["cpu"][0]:
             raise ProviderError(f"{self.provider} takes no provider options; leave them out, or name another provider")
         self.load_seconds = self.run_seconds = 0.0
         self.calls = 0
-        self.nodes: dict[str, int] | None = None  # provider -> nodes of the graph; None: this onnxruntime cannot tell
+        self.assignment: Assignment | None = None
         self._provider_options = dict(provider_options or {})
         self._session_options = session_options
         self._session: Any = None
@@ -93,7 +102,8 @@ class Session:
         Raises
         ------
         ProviderError
-            No onnxruntime, two of them, or one that has not the provider or cannot run the graph on it.
+            No onnxruntime, two of them, or one that has not the provider or cannot run the graph on it, or not as much
+            of it as `fallback` wants.
         BundleError
             The graph or its data is missing, truncated or damaged.
         """
@@ -120,8 +130,24 @@ class Session:
                 "check the provider's options and driver, or give --provider cpu"
             )
         session.disable_fallback()
-        self._session, self.nodes = session, _nodes(session)
+        self._assign(session)
+        self._session = session
         return self
+
+    def _assign(self, session: Any) -> None:
+        """Records where the nodes run, tells it (once) and refuses what may not be."""
+        nodes = assignment.recorded(session)
+        if nodes is None:
+            if self.provider != PROVIDERS["cpu"][0] and not self._strict(onnxruntime()):
+                log.warning("%s: this onnxruntime cannot tell which nodes run on the CPU; 1.24 can", self.component)
+            return
+        macs = self.bundle.facts.components[self.component].macs
+        placed = assignment.assign(self.component, self.provider, nodes, macs)
+        if self.component == self.bundle.backbone or self.fallback == "never":
+            assignment.check(placed, self.fallback)
+        if self.assignment is None and placed.share < 1:
+            log.warning("%s", placed)
+        self.assignment = placed
 
     def unload(self) -> None:
         """Releases the session and its memory; it can be loaded again."""
@@ -204,18 +230,26 @@ class Session:
         if options is None:  # threads are left to onnxruntime: one per physical core
             options = ort.SessionOptions()
             options.log_severity_level = 3
-            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        if self.provider != PROVIDERS["cpu"][0]:
-            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        options.add_session_config_entry(assignment.RECORD, "1")
+        if self._strict(ort):
+            options.add_session_config_entry(assignment.STRICT, "1")
         return options
+
+    def _strict(self, ort: ModuleType) -> bool:
+        """Whether onnxruntime itself is to refuse nodes on the CPU: all of them, for one too old to tell how many."""
+        if self.provider == PROVIDERS["cpu"][0]:
+            return False
+        limited = self.fallback == "limited" and self.component == self.bundle.backbone
+        return self.fallback == "never" or (limited and not assignment.tells(ort))
 
     def _unreadable(self, error: BaseException) -> BundleError | ProviderError:
         if self.provider == PROVIDERS["cpu"][0]:
             return BundleError(
                 f"{self.path}: onnxruntime cannot load it ({_one_line(error)}); export or copy the bundle again"
             )
+        remedy = "leave --strict out" if self.fallback == "never" else "export it for this provider"
         return ProviderError(
-            f"{self.component}: {self.provider} cannot run all of it ({_one_line(error)}); give --provider cpu"
+            f"{self.component}: {self.provider} cannot run it ({_one_line(error)}); {remedy}, or give --provider cpu"
         )
 
     def _checked(self, arrays: Mapping[str, ArrayLike]) -> dict[str, NDArray[Any]]:
@@ -326,20 +360,6 @@ def _terminate(options: Any) -> None:
     options.terminate = True
 
 
-def _nodes(session: Any) -> dict[str, int] | None:
-    if not hasattr(session, "get_provider_graph_assignment_info"):
-        return None  # an onnxruntime before 1.24
-    failures = _failures(onnxruntime())
-    try:
-        parts = session.get_provider_graph_assignment_info()
-    except failures:
-        return None  # options of the caller's that do not record it
-    nodes: dict[str, int] = {}
-    for part in parts:
-        nodes[part.ep_name] = nodes.get(part.ep_name, 0) + len(part.get_nodes())
-    return nodes
-
-
 def _tensor(argument: Any) -> Tensor:
     shape = tuple(size if isinstance(size, int) else str(size or "any") for size in argument.shape)
     return Tensor(argument.name, _TYPES.get(argument.type, argument.type), shape)
@@ -347,4 +367,4 @@ def _tensor(argument: Any) -> Tensor:
 
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:300] + " ..."
+    return text if len(text) <= 300 else f"{text[:100]} ... {text[-200:]}"  # the end names the cause

@@ -6,8 +6,6 @@ Knows nothing of pipelines or solvers. Imports onnxruntime when the first sessio
 from __future__ import annotations
 
 import concurrent.futures
-import functools
-import importlib.metadata
 import time
 from collections.abc import Callable, Collection, Mapping
 from types import ModuleType, TracebackType
@@ -18,18 +16,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from .bundle import Bundle, Tensor
 from .errors import BundleError, NotFiniteError, ProviderError, RequestError
+from .providers import CPU, add_provider, check_options, failures, one_line, onnxruntime, provider_of
 
 Value = TypeVar("Value")
 
-# Name typed -> (ONNX Runtime's name, wheel that has it). Exactly one of the wheels may be installed.
-PROVIDERS = {
-    "cpu": ("CPUExecutionProvider", "onnxruntime"),
-    "cuda": ("CUDAExecutionProvider", "onnxruntime-gpu"),
-    "directml": ("DmlExecutionProvider", "onnxruntime-directml"),
-    "openvino": ("OpenVINOExecutionProvider", "onnxruntime-openvino"),
-    "webgpu": ("WebGpuExecutionProvider", "onnxruntime-webgpu"),
-    "migraphx": ("MIGraphXExecutionProvider", "onnxruntime-migraphx"),
-}
 _TYPES = {  # ONNX Runtime's type names -> numpy's
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -48,12 +38,13 @@ class Session:
     bundle, component
         Which graph.
     provider : str
-        `cpu`, another key of `PROVIDERS`, or ONNX Runtime's own name of one; any case. Nothing else runs: a node that
-        the provider cannot take is an error, not a silent fallback to the CPU.
+        `cpu`, another key of `runtime.providers.PROVIDERS`, or ONNX Runtime's own name of one; any case. Nothing else
+        runs: a node that the provider cannot take is an error, not a silent fallback to the CPU.
     provider_options : mapping of str to str, optional
-        For another provider than the CPU, which ignores them without a word.
+        Those of its row, and no others; see `runtime.providers`.
     session_options : onnxruntime.SessionOptions, optional
-        Not changed unless the provider is another than the CPU, whose fallback is then switched off in them.
+        The provider is added to them unless they name one, and where it is not the CPU, the CPU's fallback is switched
+        off in them.
 
     Attributes
     ----------
@@ -72,9 +63,9 @@ class Session:
     ) -> None:
         self.bundle, self.component = bundle, component
         self.path = bundle.graph(component)
-        self.provider = provider_name(provider)
-        if provider_options and self.provider == PROVIDERS["cpu"][0]:
-            raise ProviderError(f"{self.provider} takes no provider options; leave them out, or name another provider")
+        self._row = provider_of(provider)
+        self.provider = self._row.ort
+        check_options(self._row, provider_options or {})
         self.load_seconds = self.run_seconds = 0.0
         self.calls = 0
         self.nodes: dict[str, int] | None = None  # provider -> nodes of the graph; None: this onnxruntime cannot tell
@@ -99,17 +90,14 @@ class Session:
         if self._session is not None:
             return self
         ort = onnxruntime()
-        require_provider(ort, self.provider)
-        failures: tuple[type[Exception], ...] = (*_failures(ort), RuntimeError, ValueError)
+        options = self._options(ort)
         started = time.perf_counter()
         try:
-            session = ort.InferenceSession(
-                self.path,
-                self._options(ort),
-                providers=[(self.provider, self._provider_options)],
-                enable_fallback=0,  # else a provider that cannot start is replaced by the CPU
-            )
-        except failures as error:
+            add_provider(ort, options, self._row, self._provider_options)
+            session = ort.InferenceSession(self.path, options, enable_fallback=0)  # else the CPU would stand in
+        except ProviderError:
+            raise
+        except failures(ort) as error:
             raise self._unreadable(error) from None
         self.load_seconds += time.perf_counter() - started
         ran = session.get_providers()
@@ -180,8 +168,8 @@ class Session:
         started = time.perf_counter()
         try:
             results = _interruptible(lambda: session.run(names, feeds, options), lambda: _terminate(options))
-        except _failures(ort) as error:
-            raise RequestError(f"{self.component}: onnxruntime could not run it: {_one_line(error)}") from None
+        except failures(ort) as error:
+            raise RequestError(f"{self.component}: onnxruntime could not run it: {one_line(error)}") from None
         self.run_seconds += time.perf_counter() - started
         self.calls += 1
         for name, result in zip(names, results, strict=True):
@@ -204,17 +192,17 @@ class Session:
             options = ort.SessionOptions()
             options.log_severity_level = 3
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        if self.provider != PROVIDERS["cpu"][0]:
+        if self._row is not CPU:
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         return options
 
     def _unreadable(self, error: BaseException) -> BundleError | ProviderError:
-        if self.provider == PROVIDERS["cpu"][0]:
+        if self._row is CPU:
             return BundleError(
-                f"{self.path}: onnxruntime cannot load it ({_one_line(error)}); export or copy the bundle again"
+                f"{self.path}: onnxruntime cannot load it ({one_line(error)}); export or copy the bundle again"
             )
         return ProviderError(
-            f"{self.component}: {self.provider} cannot run all of it ({_one_line(error)}); give --provider cpu"
+            f"{self.component}: {self.provider} cannot run all of it ({one_line(error)}); give --provider cpu"
         )
 
     def _checked(self, arrays: Mapping[str, ArrayLike]) -> dict[str, NDArray[Any]]:
@@ -245,69 +233,6 @@ class Session:
             ) from None
 
 
-def onnxruntime() -> ModuleType:
-    """The onnxruntime package; ProviderError if there is none, or if two wheels of it overwrote each other."""
-    wheels = sorted({wheel for _, wheel in PROVIDERS.values()} & _installed())
-    if len(wheels) > 1:
-        raise ProviderError(
-            f"two onnxruntime packages break each other: {', '.join(wheels)}; "
-            f"pip uninstall -y {' '.join(wheels)}, then install the one you want"
-        )
-    try:
-        import onnxruntime as ort
-    except ImportError as error:  # not there, or there and broken
-        raise ProviderError(
-            f"onnxruntime cannot be imported ({_one_line(error)}); pip install onnxruntime (or the extra [cpu])"
-        ) from None
-    return ort  # type: ignore[no-any-return]
-
-
-def provider_name(name: str) -> str:
-    """ONNX Runtime's name of a provider, from any spelling of it; ProviderError gives the choices."""
-    for short, (full, _) in PROVIDERS.items():
-        if name.lower() in (short, full.lower()):
-            return full
-    raise ProviderError(f"unknown provider {name!r}; choose from {', '.join(PROVIDERS)}")
-
-
-def require_provider(ort: ModuleType, provider: str) -> None:
-    """ProviderError, with the line to type, if the installed onnxruntime has not the provider."""
-    available = ort.get_available_providers()
-    if provider not in available:
-        extra, wheel = next((short, wheel) for short, (full, wheel) in PROVIDERS.items() if full == provider)
-        raise ProviderError(
-            f"{provider} is not in the installed onnxruntime (it has {', '.join(available)}); in an "
-            f"environment of its own: pip install {wheel} (or the extra [{extra}])"
-        )
-
-
-@functools.cache  # milliseconds, and asked at every call
-def _installed() -> frozenset[str]:
-    def there(wheel: str) -> bool:
-        try:
-            return bool(importlib.metadata.version(wheel))
-        except importlib.metadata.PackageNotFoundError:
-            return False
-
-    return frozenset(wheel for _, wheel in PROVIDERS.values() if there(wheel))
-
-
-def _failures(ort: ModuleType) -> tuple[type[Exception], ...]:
-    """What onnxruntime raises: its own classes share no base."""
-    state = ort.capi.onnxruntime_pybind11_state
-    names = (
-        "Fail",
-        "InvalidArgument",
-        "InvalidGraph",
-        "InvalidProtobuf",
-        "NoSuchFile",
-        "NotImplemented",
-        "RuntimeException",
-        "EPFail",
-    )
-    return tuple(getattr(state, name) for name in names)
-
-
 def _interruptible(call: Callable[[], Value], stop: Callable[[], None]) -> Value:
     """The result of `call`, run in a thread so that Ctrl-C is seen at once; `stop` then ends it."""
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
@@ -328,10 +253,9 @@ def _terminate(options: Any) -> None:
 def _nodes(session: Any) -> dict[str, int] | None:
     if not hasattr(session, "get_provider_graph_assignment_info"):
         return None  # an onnxruntime before 1.24
-    failures = _failures(onnxruntime())
     try:
         parts = session.get_provider_graph_assignment_info()
-    except failures:
+    except failures(onnxruntime()):
         return None  # options of the caller's that do not record it
     nodes: dict[str, int] = {}
     for part in parts:
@@ -342,8 +266,3 @@ def _nodes(session: Any) -> dict[str, int] | None:
 def _tensor(argument: Any) -> Tensor:
     shape = tuple(size if isinstance(size, int) else str(size or "any") for size in argument.shape)
     return Tensor(argument.name, _TYPES.get(argument.type, argument.type), shape)
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:300] + " ..."

@@ -92,7 +92,7 @@ def test_another_provider_in_the_callers_options_is_told(bundles, monkeypatch):
     session = Session(Bundle.open(bundles["sd15"]), "unet", session_options=options)
     session._row, session.provider = row, row.ort
     monkeypatch.setattr(providers, "require", lambda ort, row: ())
-    with pytest.raises(ProviderError, match=r"asked for OtherExecutionProvider, .* on CPUExecutionProvider"):
+    with pytest.raises(ProviderError, match="OtherExecutionProvider"):
         session.load()
 
 

@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     draw.add_argument("-k", type=int, metavar="K", help="directions of epd without a table (default 2)")
     draw.add_argument("--provider", default="cpu", metavar="NAME", help="ONNX Runtime execution provider (default cpu)")
     draw.add_argument("--provider-option", action="append", default=[], metavar="KEY=VALUE", help="may be repeated")
+    _add_fallback(draw)
     draw.add_argument(
         "-o", "--output", type=_path, metavar="PNG", help="file, or folder (default: MODEL-SEED.png here)"
     )
@@ -106,6 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument(
         "--verify", action="store_true", help="compare the SHA-256 of every file, load every graph and tokenizer"
     )
+    look.add_argument("--provider", metavar="NAME", help="load every graph on it and show where each operator runs")
+    look.add_argument("--provider-option", action="append", default=[], metavar="KEY=VALUE", help="may be repeated")
     look.add_argument("--json", action="store_true", help="print one object on stdout")
 
     add_commands(commands)
@@ -116,6 +119,25 @@ def _path(text: str) -> Path:
     if not text:  # which Path takes for the current folder
         raise argparse.ArgumentTypeError("is empty; give a path, or leave the option out")
     return Path(text)
+
+
+def _add_fallback(command: argparse.ArgumentParser) -> None:
+    either = command.add_mutually_exclusive_group()
+    either.add_argument(
+        "--strict",
+        dest="fallback",
+        action="store_const",
+        const="never",
+        default="limited",
+        help="every node of every component on the provider, or an error (default: 90 %% of the backbone's compute)",
+    )
+    either.add_argument(
+        "--allow-fallback",
+        dest="fallback",
+        action="store_const",
+        const="allowed",
+        help="what the provider cannot run may run on the CPU, however much; it is told",
+    )
 
 
 def _add_fit(commands: Any) -> None:
@@ -142,6 +164,7 @@ def _add_fit(commands: Any) -> None:
         "--provider", default="cpu", metavar="NAME", help="ONNX Runtime execution provider (default cpu)"
     )
     learn.add_argument("--provider-option", action="append", default=[], metavar="KEY=VALUE", help="may be repeated")
+    _add_fallback(learn)
     learn.add_argument(
         "--teacher",
         type=_path,
@@ -161,10 +184,12 @@ def _generate(options: argparse.Namespace) -> None:
     from .pipeline import DEFAULT, Pipeline
 
     asked = _asked(options)
+    logging.getLogger("runtime.session").setLevel(logging.INFO)  # where the backbone runs
     pipe = Pipeline.from_pretrained(
         DEFAULT if options.model is None else options.model,
         provider=options.provider,
         provider_options=_pairs(options.provider_option),
+        fallback=options.fallback,
     )
     if options.from_metadata is not None:
         asked = _recorded(options.from_metadata, pipe, asked) | asked
@@ -285,6 +310,7 @@ def _fit(options: argparse.Namespace) -> None:
         DEFAULT if options.model is None else options.model,
         provider=options.provider,
         provider_options=_pairs(options.provider_option),
+        fallback=options.fallback,
     )
     if options.install and pipe.bundle.foreign:
         _refuse(f"{pipe.bundle.folder}: no bundle.json to install a table in; leave --install out")
@@ -326,17 +352,23 @@ def _inspect(options: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from .bundle import Bundle
-    from .inspect import describe, verify
+    from .inspect import assignments, describe, describe_assignments, verify
     from .pipeline import DEFAULT, find
 
     bundle = Bundle.open(find(DEFAULT if options.folder is None else options.folder))
     if options.verify:
         verify(bundle)
+    if options.provider_option and options.provider is None:
+        _refuse("--provider-option needs --provider NAME")
+    logging.getLogger("runtime.session").setLevel(logging.ERROR)  # what falls back is in the table
+    placed = assignments(bundle, options.provider, _pairs(options.provider_option)) if options.provider else []
     if options.json:
-        facts = asdict(bundle.facts)
-        print(json.dumps({"folder": str(bundle.folder), "foreign": bundle.foreign, "verified": options.verify} | facts))
+        told = {"folder": str(bundle.folder), "foreign": bundle.foreign, "verified": options.verify}
+        print(json.dumps(told | asdict(bundle.facts) | ({"assignments": list(map(asdict, placed))} if placed else {})))
     else:
         print(describe(bundle, verified=options.verify))
+        if placed:
+            print(describe_assignments(placed, bundle.backbone))
 
 
 if __name__ == "__main__":

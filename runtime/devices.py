@@ -102,7 +102,7 @@ def _devices(options: argparse.Namespace) -> None:
     for row in rows:
         print(f"{row.name:13}{'ready' if row.why is None else 'no'}{', '.join(('', *row.hardware))}")
         if row.why is not None:
-            print(f"{'':13}{row.why}" + ("" if row.install in row.why else f"; {row.install}"))
+            print(f"{'':13}{row.why}")
 
 
 def _doctor(options: argparse.Namespace) -> None:

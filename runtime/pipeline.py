@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from PIL import Image
 
 import epd
 
+from .assignment import Fallback, fallback_of, summary
 from .bundle import REQUIRED, Bundle
 from .errors import NotFiniteError, RequestError
 from .memory import peak_rss_bytes
@@ -51,7 +51,7 @@ class Report:
     total_evaluations: int  # points answered, per image
     guided_forwards: int  # rows the backbone really evaluated, all images
     guidance_interval: tuple[float, float] | None  # sigma; None: guided everywhere, or nowhere
-    provider: Mapping[str, Any]  # asked, ran, nodes per provider (None: not known), fallbacks
+    provider: Mapping[str, Any]  # asked, ran, nodes, macs_share, fallbacks: see `assignment.summary`
     directions: Directions
     seconds: Mapping[str, float]  # load, compile, encode, denoise, decode, total, per_call
     peak_rss_bytes: int | None  # of this process so far; None where the system does not tell
@@ -77,12 +77,14 @@ class Pipeline:
         provider: str = "cpu",
         provider_options: Mapping[str, str] | None = None,
         session_options: Any = None,
+        fallback: Fallback = "limited",
     ) -> None:
         bundle.require(*REQUIRED[bundle.facts.family])
         check_options(provider_of(provider), provider_options or {})  # told now, not at the first load
         self.bundle, self.provider = bundle, provider
         self.options = dict(provider_options or {})  # of the provider
         self._options = {"provider_options": provider_options, "session_options": session_options}
+        self._fallback = fallback_of(fallback)
         self._sessions: dict[str, Session] = {}
 
     @classmethod
@@ -93,6 +95,7 @@ class Pipeline:
         provider: str = "cpu",
         provider_options: Mapping[str, str] | None = None,
         session_options: Any = None,
+        fallback: Fallback = "limited",
     ) -> Pipeline:
         """Opens a bundle: a folder, or the name of one that ships with this package.
 
@@ -103,7 +106,13 @@ class Pipeline:
         bundle = Bundle.open(find(model))
         if bundle.facts.source.random_weights:
             log.warning("%s has RANDOM WEIGHTS: its pictures mean nothing, only its speed does", bundle.facts.name)
-        return cls(bundle, provider=provider, provider_options=provider_options, session_options=session_options)
+        return cls(
+            bundle,
+            provider=provider,
+            provider_options=provider_options,
+            session_options=session_options,
+            fallback=fallback,
+        )
 
     def plan(self, prompt: str, **asked: Any) -> Plan:
         """What a call with the same arguments would do, without doing it; see `runtime.plan.make_plan`."""
@@ -277,13 +286,13 @@ class Pipeline:
 
     def _session(self, component: str) -> Session:
         if component not in self._sessions:
-            self._sessions[component] = Session(self.bundle, component, provider=self.provider, **self._options)
+            self._sessions[component] = Session(
+                self.bundle, component, provider=self.provider, fallback=self._fallback, **self._options
+            )
         return self._sessions[component]
 
     def _report(self, plan: Plan, last: epd.Step, slopes: Slopes, clock: _Clock) -> Report:
-        nodes: Counter[str] = Counter()
-        for session in self._sessions.values():
-            nodes.update(session.nodes or {})
+        assignments = [session.assignment for session in self._sessions.values()]
         facts, backbone = self.bundle.facts, slopes.backbone
         return Report(
             seeds=plan.seeds,
@@ -294,7 +303,7 @@ class Pipeline:
             total_evaluations=last.evaluations,
             guided_forwards=slopes.guided_forwards,
             guidance_interval=plan.guidance_interval,
-            provider={"asked": self.provider, "ran": backbone.provider, "nodes": dict(nodes) or None, "fallbacks": 0},
+            provider={"asked": self.provider, "ran": backbone.provider} | summary(assignments),
             directions=slopes.directions,
             seconds=clock.seconds(last.calls),
             peak_rss_bytes=peak_rss_bytes(),

@@ -495,15 +495,10 @@ def require(ort: ModuleType, row: Provider) -> tuple[Any, ...]:
         raise ProviderError(_catalogue_told(row))
     library = _library(row)
     if library is None:
-        where = (
-            "beside plain onnxruntime"
-            if row.plugins and row.packages[0] == "onnxruntime"
-            else "in an environment of its own"
-        )
-        raise ProviderError(
-            f"{row.ort} is not in the installed onnxruntime (it has {', '.join(ort.get_available_providers())}); "
-            f"{where}: {row.install}"
-        )
+        plugin = row.plugins and row.packages[0] == "onnxruntime" and list(installed(WHEELS)) == ["onnxruntime"]
+        where = "" if plugin or not row.packages else "in an environment of its own: "
+        has = ", ".join(ort.get_available_providers())
+        raise ProviderError(f"{row.ort} is not in the installed onnxruntime (it has {has}); {where}{row.install}")
     devices = _registered(ort, row.ort, library)
     if not devices:
         raise ProviderError(

@@ -6,6 +6,7 @@ Knows nothing of pipelines or solvers. Imports onnxruntime when the first sessio
 from __future__ import annotations
 
 import concurrent.futures
+import logging
 import time
 from collections.abc import Callable, Collection, Mapping
 from types import ModuleType, TracebackType
@@ -14,11 +15,14 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from . import assignment
+from .assignment import Assignment, Fallback
 from .bundle import Bundle, Tensor
 from .errors import BundleError, NotFiniteError, ProviderError, RequestError
 from .providers import CPU, add_provider, check_options, failures, one_line, onnxruntime, provider_of
 
 Value = TypeVar("Value")
+log = logging.getLogger(__name__)
 
 _TYPES = {  # ONNX Runtime's type names -> numpy's
     "tensor(float)": "float32",
@@ -38,18 +42,21 @@ class Session:
     bundle, component
         Which graph.
     provider : str
-        `cpu`, another key of `runtime.providers.PROVIDERS`, or ONNX Runtime's own name of one; any case. Nothing else
-        runs: a node that the provider cannot take is an error, not a silent fallback to the CPU.
+        `cpu`, another key of `runtime.providers.PROVIDERS`, or ONNX Runtime's own name of one; any case.
     provider_options : mapping of str to str, optional
         Those of its row, and no others; see `runtime.providers`.
     session_options : onnxruntime.SessionOptions, optional
-        The provider is added to them unless they name one, and where it is not the CPU, the CPU's fallback is switched
-        off in them.
+        The provider is added to them unless they name one, and what `fallback` needs.
+    fallback : {"limited", "allowed", "never"}
+        What may run on the CPU in place of another provider: of the backbone less than 10 % of the compute (of the
+        other components anything), anything, or no node of any component. Whatever does is a warning.
 
     Attributes
     ----------
     load_seconds, run_seconds, calls
         Totals over the life of this object, over all loads.
+    assignment
+        Where its nodes run; None before it is loaded, or where onnxruntime, older than 1.24, cannot tell.
     """
 
     def __init__(
@@ -60,15 +67,16 @@ class Session:
         provider: str = "cpu",
         provider_options: Mapping[str, str] | None = None,
         session_options: Any = None,
+        fallback: Fallback = "limited",
     ) -> None:
-        self.bundle, self.component = bundle, component
+        self.bundle, self.component, self.fallback = bundle, component, fallback
         self.path = bundle.graph(component)
         self._row = provider_of(provider)
         self.provider = self._row.ort
         check_options(self._row, provider_options or {})
         self.load_seconds = self.run_seconds = 0.0
         self.calls = 0
-        self.nodes: dict[str, int] | None = None  # provider -> nodes of the graph; None: this onnxruntime cannot tell
+        self.assignment: Assignment | None = None
         self._provider_options = dict(provider_options or {})
         self._session_options = session_options
         self._session: Any = None
@@ -83,7 +91,8 @@ class Session:
         Raises
         ------
         ProviderError
-            No onnxruntime, two of them, or one that has not the provider or cannot run the graph on it.
+            No onnxruntime, two of them, or one that has not the provider or cannot run the graph on it, or not as much
+            of it as `fallback` wants.
         BundleError
             The graph or its data is missing, truncated or damaged.
         """
@@ -107,8 +116,26 @@ class Session:
                 "check the provider's options and driver, or give --provider cpu"
             )
         session.disable_fallback()
-        self._session, self.nodes = session, _nodes(session)
+        self._assign(session)
+        self._session = session
         return self
+
+    def _assign(self, session: Any) -> None:
+        """Records where the nodes run, tells it (once) and refuses what may not be."""
+        nodes = assignment.recorded(session)
+        if nodes is None:
+            if self._row is not CPU and not self._strict(onnxruntime()):
+                log.warning("%s: this onnxruntime cannot tell which nodes run on the CPU; 1.24 can", self.component)
+            return
+        macs = self.bundle.facts.components[self.component].macs
+        placed = assignment.assign(self.component, self.provider, nodes, macs)
+        is_backbone = self.component == self.bundle.backbone
+        if is_backbone or self.fallback == "never":
+            assignment.check(placed, self.fallback)
+        if self.assignment is None:
+            level = logging.WARNING if placed.share < 1 else logging.INFO if is_backbone else logging.DEBUG
+            log.log(level, "%s", placed)
+        self.assignment = placed
 
     def unload(self) -> None:
         """Releases the session and its memory; it can be loaded again."""
@@ -191,10 +218,17 @@ class Session:
         if options is None:  # threads are left to onnxruntime: one per physical core
             options = ort.SessionOptions()
             options.log_severity_level = 3
-            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        if self._row is not CPU:
-            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        options.add_session_config_entry(assignment.RECORD, "1")
+        if self._strict(ort):
+            options.add_session_config_entry(assignment.STRICT, "1")
         return options
+
+    def _strict(self, ort: ModuleType) -> bool:
+        """Whether onnxruntime itself is to refuse nodes on the CPU: all of them, for one too old to tell how many."""
+        if self._row is CPU:
+            return False
+        limited = self.fallback == "limited" and self.component == self.bundle.backbone
+        return self.fallback == "never" or (limited and not assignment.tells(ort))
 
     def _unreadable(self, error: BaseException) -> BundleError | ProviderError:
         if self._row is CPU:
@@ -202,7 +236,8 @@ class Session:
                 f"{self.path}: onnxruntime cannot load it ({one_line(error)}); export or copy the bundle again"
             )
         return ProviderError(
-            f"{self.component}: {self.provider} cannot run all of it ({one_line(error)}); give --provider cpu"
+            f"{self.component}: {self.provider} cannot run it ({one_line(error)}); see with `python -m runtime "
+            "inspect --provider` which operators it lacks, or give --provider cpu"
         )
 
     def _checked(self, arrays: Mapping[str, ArrayLike]) -> dict[str, NDArray[Any]]:
@@ -248,19 +283,6 @@ def _interruptible(call: Callable[[], Value], stop: Callable[[], None]) -> Value
 
 def _terminate(options: Any) -> None:
     options.terminate = True
-
-
-def _nodes(session: Any) -> dict[str, int] | None:
-    if not hasattr(session, "get_provider_graph_assignment_info"):
-        return None  # an onnxruntime before 1.24
-    try:
-        parts = session.get_provider_graph_assignment_info()
-    except failures(onnxruntime()):
-        return None  # options of the caller's that do not record it
-    nodes: dict[str, int] = {}
-    for part in parts:
-        nodes[part.ep_name] = nodes.get(part.ep_name, 0) + len(part.get_nodes())
-    return nodes
 
 
 def _tensor(argument: Any) -> Tensor:

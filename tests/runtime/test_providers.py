@@ -196,7 +196,7 @@ def test_devices_tells_of_every_provider(capsys):
     assert main(["devices"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("cpu          ready")
-    assert all(row.install in text for row in ABSENT)
+    assert all(row.install in text for row in ABSENT if sys.platform in row.systems)
 
 
 def test_a_provider_that_only_seems_to_be_here_is_told(monkeypatch):

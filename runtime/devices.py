@@ -24,9 +24,9 @@ from .providers import (
     OLDEST,
     PROVIDERS,
     SYSTEMS,
-    WHEELS,
     Provider,
     add_provider,
+    base_wheels,
     failures,
     installed,
     one_line,
@@ -154,7 +154,9 @@ def _start(ort: ModuleType, row: Provider) -> None:
 
 def _driver(row: Provider) -> str:
     missing = missing_libraries(row)
-    return f"install the driver that has {', '.join(missing)}" if missing else "see `python -m runtime doctor`"
+    if missing:
+        return f"install the driver that has {', '.join(missing)}"
+    return row.install if row.name in ("cuda", "tensorrt") else "install or update the device's driver"
 
 
 def missing_libraries(row: Provider) -> tuple[str, ...]:
@@ -171,7 +173,7 @@ def _loads(library: str) -> bool:
 
 
 def _wheels() -> Iterator[Finding]:
-    wheels = installed(WHEELS)
+    wheels = base_wheels()
     try:
         ort = onnxruntime()
     except ProviderError as error:
@@ -210,10 +212,6 @@ def _drivers() -> Iterator[Finding]:
         else:
             said, _, remedy = device.why.rpartition("; ")
             yield Finding("advice", row.name, said, remedy)
-        if row.name == "webgpu" and sys.platform == "linux" and not _loads("libvulkan.so.1"):
-            yield Finding(
-                "advice", "Vulkan", "no loader (libvulkan.so.1)", "apt install libvulkan1, and a Vulkan driver"
-            )
 
 
 def _npu() -> Iterator[Finding]:

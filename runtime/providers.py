@@ -26,6 +26,7 @@ OLDEST, NEWEST = (1, 23), (1, 32)  # releases of onnxruntime that this program w
 SYSTEMS = {"linux": "Linux", "win32": "Windows", "darwin": "macOS"}
 _SUFFIX = "executionprovider"
 _kept: list[Any] = []  # for as long as the process
+_plugged: dict[str, tuple[Any, ...]] = {}  # ONNX Runtime's name -> devices of its registered library
 
 
 @dataclass(frozen=True)
@@ -418,6 +419,7 @@ _ROWS = (
         | _of("whole", "deviceId")
         | _of("text", "forceCpuNodeNames")
         | _switches("enableGraphCapture", "enableInt64", "preserveDevice"),
+        libraries={"linux": ("libvulkan.so.1",), "win32": ("d3d12.dll",)},
         plugins=(Plugin("onnxruntime-ep-webgpu", "onnxruntime_ep_webgpu"),),
     ),
 )
@@ -429,7 +431,13 @@ CPU = PROVIDERS["cpu"]
 WHEELS = tuple(
     sorted(
         {row.packages[0].partition("[")[0] for row in _ROWS if row.packages} - {"windowsml"}
-        | {"onnxruntime-windowsml", "onnxruntime-vitisai", "onnxruntime-rocm", "onnxruntime-training"}
+        | {
+            "onnxruntime-windowsml",
+            "onnxruntime-vitisai",
+            "onnxruntime-qnn",
+            "onnxruntime-rocm",
+            "onnxruntime-training",
+        }
     )
 )
 
@@ -461,7 +469,7 @@ def check_options(row: Provider, options: Mapping[str, str]) -> None:
 
 def onnxruntime() -> ModuleType:
     """The onnxruntime package; ProviderError if there is none, or if two wheels of it overwrote each other."""
-    wheels = installed(WHEELS)
+    wheels = base_wheels()
     if len(wheels) > 1:
         raise ProviderError(
             f"two onnxruntime packages break each other: {', '.join(wheels)}; "
@@ -484,7 +492,7 @@ def require(ort: ModuleType, row: Provider) -> tuple[Any, ...]:
     ProviderError
         It is not here: why, and the line to type.
     """
-    if row.ort in ort.get_available_providers():
+    if row.ort in ort.get_available_providers() and row.ort not in _plugged:  # where a plugin comes in, too
         return ()
     if sys.platform not in row.systems:
         homes = " and ".join(SYSTEMS[system] for system in row.systems)
@@ -495,7 +503,7 @@ def require(ort: ModuleType, row: Provider) -> tuple[Any, ...]:
         raise ProviderError(_catalogue_told(row))
     library = _library(row)
     if library is None:
-        plugin = row.plugins and row.packages[0] == "onnxruntime" and list(installed(WHEELS)) == ["onnxruntime"]
+        plugin = row.plugins and row.packages[0] == "onnxruntime" and list(base_wheels()) == ["onnxruntime"]
         where = "" if plugin or not row.packages else "in an environment of its own: "
         has = ", ".join(ort.get_available_providers())
         raise ProviderError(f"{row.ort} is not in the installed onnxruntime (it has {has}); {where}{row.install}")
@@ -546,19 +554,24 @@ def settled(row: Provider, chosen: Mapping[str, str]) -> dict[str, str]:
     return passed | dict(chosen)
 
 
+def base_wheels() -> dict[str, str]:
+    """The base wheels that are here -> version; onnxruntime-qnn is none since 2.0, but a plugin."""
+    wheels = installed(WHEELS)
+    if not wheels.get("onnxruntime-qnn", "2").startswith(("0.", "1.")):
+        wheels.pop("onnxruntime-qnn", None)
+    return wheels
+
+
 def installed(packages: Iterable[str]) -> dict[str, str]:
-    """Those of the packages that are here -> version; onnxruntime-qnn is no base wheel since 2.0."""
+    """Those of the packages that are here -> version."""
     versions = {package: _version(package) for package in packages}
-    found = {package: version for package, version in versions.items() if version is not None}
-    if not found.get("onnxruntime-qnn", "2").startswith(("0.", "1.")):
-        found.pop("onnxruntime-qnn", None)
-    return found
+    return {package: version for package, version in versions.items() if version is not None}
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error, without line breaks, cut after 300 characters."""
+    """The message of an error, without line breaks; of a long one the ends, for the cause is often told last."""
     text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:300] + " ..."
+    return text if len(text) <= 320 else f"{text[:120]} ... {text[-200:]}"
 
 
 def failures(ort: ModuleType) -> tuple[type[Exception], ...]:
@@ -623,13 +636,12 @@ def _catalogue_told(row: Provider) -> str:
     return f"Windows ML is a catalogue of providers; name one that it has here: {', '.join(held)}"
 
 
-@functools.cache
 def _registered(ort: ModuleType, name: str, library: str) -> tuple[Any, ...]:
     """The devices that a library gives the provider, registered once in a process."""
+    if name in _plugged:
+        return _plugged[name]
     if not hasattr(ort, "register_execution_provider_library"):
-        raise ProviderError(
-            f"this onnxruntime {ort.__version__} takes no plugin providers; {CPU.install} of 1.23 or later"
-        )
+        raise ProviderError(f"this onnxruntime {ort.__version__} takes no plugin providers; pip install -U onnxruntime")
     try:
         ort.register_execution_provider_library(name, library)
     except failures(ort) as error:
@@ -637,7 +649,8 @@ def _registered(ort: ModuleType, name: str, library: str) -> tuple[Any, ...]:
             f"{name}: its library {library} does not load ({one_line(error)}); install it again, "
             "in the release that fits this onnxruntime"
         ) from None
-    return tuple(device for device in ort.get_ep_devices() if device.ep_name.lower() == name.lower())
+    _plugged[name] = tuple(device for device in ort.get_ep_devices() if device.ep_name.lower() == name.lower())
+    return _plugged[name]
 
 
 def _device(row: Provider, devices: tuple[Any, ...], passed: dict[str, str]) -> Any:

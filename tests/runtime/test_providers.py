@@ -174,7 +174,7 @@ def test_two_onnxruntimes_are_told(monkeypatch, capsys):
 
 def test_an_old_qnn_package_is_a_base_wheel(monkeypatch):
     monkeypatch.setattr(providers, "_version", {"onnxruntime": "1.23.0", "onnxruntime-qnn": "1.23.0"}.get)
-    assert list(providers.installed(("onnxruntime", "onnxruntime-qnn"))) == ["onnxruntime", "onnxruntime-qnn"]
+    assert list(providers.base_wheels()) == ["onnxruntime", "onnxruntime-qnn"]
 
 
 def test_a_broken_onnxruntime_is_one_line(monkeypatch, capsys):
@@ -204,6 +204,13 @@ def test_a_provider_that_only_seems_to_be_here_is_told(monkeypatch):
     monkeypatch.setattr(devices, "require", lambda ort, row: ())
     with pytest.raises(ProviderError, match="CUDAExecutionProvider does not start"):
         devices._start(onnxruntime, PROVIDERS["cuda"])
+
+
+def test_a_plugin_that_is_registered_stays_one(plugin, monkeypatch):
+    ours = (SimpleNamespace(ep_name=plugin.ort),)
+    monkeypatch.setitem(providers._plugged, plugin.ort, ours)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [plugin.ort])  # as it does from then on
+    assert providers.require(onnxruntime, plugin) == ours
 
 
 def test_doctor_finds_this_machine_able(capsys, monkeypatch, tmp_path):

@@ -18,21 +18,8 @@ from types import ModuleType
 from typing import Any, Literal
 
 from .errors import ProviderError
-from .providers import (
-    CPU,
-    NEWEST,
-    OLDEST,
-    PROVIDERS,
-    SYSTEMS,
-    Provider,
-    add_provider,
-    base_wheels,
-    failures,
-    installed,
-    one_line,
-    onnxruntime,
-    require,
-)
+from .ort import NEWEST, OLDEST, add_provider, base_wheels, failures, installed, one_line, onnxruntime, require
+from .providers import CPU, PROVIDERS, SYSTEMS, Provider
 
 # y = x + x, float32 [1, 4]; ONNX IR 8, opset 17
 _ADD = bytes.fromhex(

@@ -19,7 +19,8 @@ from . import assignment
 from .assignment import Assignment, Fallback
 from .bundle import Bundle, Tensor
 from .errors import BundleError, NotFiniteError, ProviderError, RequestError
-from .providers import CPU, add_provider, check_options, failures, one_line, onnxruntime, provider_of
+from .ort import add_provider, failures, one_line, onnxruntime
+from .providers import CPU, check_options, provider_of
 
 Value = TypeVar("Value")
 log = logging.getLogger(__name__)

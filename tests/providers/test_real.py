@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from runtime.__main__ import main
-from runtime.providers import PROVIDERS, base_wheels, installed
+from runtime.ort import base_wheels, installed
+from runtime.providers import PROVIDERS
 
 REAL = ("openvino", "webgpu", "qnn")
 BUNDLE = os.environ.get("EPD_TEST_BUNDLE")

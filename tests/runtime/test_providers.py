@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import onnxruntime
 import pytest
 
-from runtime import devices, providers
+from runtime import devices, ort, providers
 from runtime.__main__ import main
 from runtime.bundle import Bundle
 from runtime.errors import ProviderError
-from runtime.providers import CPU, PROVIDERS, add_provider, check_options, provider_of, settled
+from runtime.ort import add_provider, settled
+from runtime.providers import CPU, PROVIDERS, check_options, provider_of
 from runtime.session import Session
 
 ABSENT = [row for row in PROVIDERS.values() if row.ort not in onnxruntime.get_available_providers()]
@@ -91,7 +92,7 @@ def test_another_provider_in_the_callers_options_is_told(bundles, monkeypatch):
     )
     session = Session(Bundle.open(bundles["sd15"]), "unet", session_options=options)
     session._row, session.provider = row, row.ort
-    monkeypatch.setattr(providers, "require", lambda ort, row: ())
+    monkeypatch.setattr(ort, "require", lambda onnxruntime, row: ())
     with pytest.raises(ProviderError, match="OtherExecutionProvider"):
         session.load()
 
@@ -121,7 +122,7 @@ def plugin(tmp_path, monkeypatch):
 
 def test_a_library_that_does_not_load_is_one_line(plugin):
     with pytest.raises(ProviderError, match=r"OddExecutionProvider: its library .*library\.so does not load") as told:
-        providers.require(onnxruntime, plugin)
+        ort.require(onnxruntime, plugin)
     assert "\n" not in str(told.value)
 
 
@@ -132,9 +133,9 @@ def test_a_plugin_answers_its_own_options(plugin):
 
 
 def test_a_library_without_a_device_is_told(plugin, monkeypatch):
-    monkeypatch.setattr(providers, "_registered", lambda ort, name, library: ())
+    monkeypatch.setattr(ort, "_registered", lambda onnxruntime, name, library: ())
     with pytest.raises(ProviderError, match="finds no device; install or update the device's driver"):
-        providers.require(onnxruntime, plugin)
+        ort.require(onnxruntime, plugin)
 
 
 @pytest.mark.parametrize(
@@ -150,10 +151,10 @@ def test_a_library_without_a_device_is_told(plugin, monkeypatch):
 )
 def test_the_device_of_a_plugin(name, passed, chosen):
     there = tuple(SimpleNamespace(device=SimpleNamespace(type=SimpleNamespace(name=kind))) for kind in DEVICES)
-    assert providers._device(PROVIDERS[name], there, passed) is there[chosen]
+    assert ort._device(PROVIDERS[name], there, passed) is there[chosen]
     assert passed == {}
     with pytest.raises(ProviderError, match=r"has no device .* 5 here; it has CPU, GPU, GPU, NPU"):
-        providers._device(PROVIDERS[name], there, {"device_type": "GPU.5", "device_id": "5"})
+        ort._device(PROVIDERS[name], there, {"device_type": "GPU.5", "device_id": "5"})
 
 
 DEVICES = ("CPU", "GPU", "GPU", "NPU")
@@ -161,10 +162,10 @@ DEVICES = ("CPU", "GPU", "GPU", "NPU")
 
 def test_two_onnxruntimes_are_told(monkeypatch, capsys):
     two = {"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.31.0", "onnxruntime-qnn": "2.7.0"}
-    monkeypatch.setattr(providers, "_version", two.get)
+    monkeypatch.setattr(ort, "_version", two.get)
     words = "two onnxruntime packages break each other: onnxruntime, onnxruntime-gpu; pip uninstall -y onnxruntime"
     with pytest.raises(ProviderError, match=words):
-        providers.onnxruntime()
+        ort.onnxruntime()
     assert main(["doctor"]) == 2
     printed = capsys.readouterr()
     assert "bad     onnxruntime: two onnxruntime packages" in printed.out
@@ -173,14 +174,14 @@ def test_two_onnxruntimes_are_told(monkeypatch, capsys):
 
 
 def test_an_old_qnn_package_is_a_base_wheel(monkeypatch):
-    monkeypatch.setattr(providers, "_version", {"onnxruntime": "1.23.0", "onnxruntime-qnn": "1.23.0"}.get)
-    assert list(providers.base_wheels()) == ["onnxruntime", "onnxruntime-qnn"]
+    monkeypatch.setattr(ort, "_version", {"onnxruntime": "1.23.0", "onnxruntime-qnn": "1.23.0"}.get)
+    assert list(ort.base_wheels()) == ["onnxruntime", "onnxruntime-qnn"]
 
 
 def test_a_broken_onnxruntime_is_one_line(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # what Python does for an import that is barred
     with pytest.raises(ProviderError, match=r"onnxruntime cannot be imported .*pip install onnxruntime"):
-        providers.onnxruntime()
+        ort.onnxruntime()
     assert main(["devices", "--json"]) == 0
     assert all("cannot be imported" in row["why"] for row in json.loads(capsys.readouterr().out)["devices"])
 
@@ -200,17 +201,17 @@ def test_devices_tells_of_every_provider(capsys):
 
 
 def test_a_provider_that_only_seems_to_be_here_is_told(monkeypatch):
-    monkeypatch.setattr(providers, "require", lambda ort, row: ())
-    monkeypatch.setattr(devices, "require", lambda ort, row: ())
+    monkeypatch.setattr(ort, "require", lambda onnxruntime, row: ())
+    monkeypatch.setattr(devices, "require", lambda onnxruntime, row: ())
     with pytest.raises(ProviderError, match="CUDAExecutionProvider does not start"):
         devices._start(onnxruntime, PROVIDERS["cuda"])
 
 
 def test_a_plugin_that_is_registered_stays_one(plugin, monkeypatch):
     ours = (SimpleNamespace(ep_name=plugin.ort),)
-    monkeypatch.setitem(providers._plugged, plugin.ort, ours)
+    monkeypatch.setitem(ort._plugged, plugin.ort, ours)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [plugin.ort])  # as it does from then on
-    assert providers.require(onnxruntime, plugin) == ours
+    assert ort.require(onnxruntime, plugin) == ours
 
 
 def test_doctor_finds_this_machine_able(capsys, monkeypatch, tmp_path):
@@ -246,11 +247,11 @@ def test_windows_ml_is_a_catalogue(monkeypatch):
     entry = SimpleNamespace(name="VitisAIExecutionProvider", library_path="C:/vitis.dll", ensure_ready=lambda: None)
     catalogue = SimpleNamespace(find_all_providers=lambda: [entry])
     monkeypatch.setitem(sys.modules, "windowsml", SimpleNamespace(EpCatalog=lambda: catalogue, __spec__=object()))
-    providers._catalogued.cache_clear()
+    ort._catalogued.cache_clear()
     try:
-        assert providers._library(PROVIDERS["vitisai"]) == "C:/vitis.dll"
-        assert providers._library(PROVIDERS["migraphx"]) is None
-        assert "name one that it has here: vitisai" in providers._catalogue_told(PROVIDERS["windowsml"])
+        assert ort._library(PROVIDERS["vitisai"]) == "C:/vitis.dll"
+        assert ort._library(PROVIDERS["migraphx"]) is None
+        assert "name one that it has here: vitisai" in ort._catalogue_told(PROVIDERS["windowsml"])
     finally:
-        providers._catalogued.cache_clear()
-        providers._kept.clear()
+        ort._catalogued.cache_clear()
+        ort._kept.clear()

@@ -184,7 +184,6 @@ def _generate(options: argparse.Namespace) -> None:
     from .pipeline import DEFAULT, Pipeline
 
     asked = _asked(options)
-    logging.getLogger("runtime.session").setLevel(logging.INFO)  # where the backbone runs
     pipe = Pipeline.from_pretrained(
         DEFAULT if options.model is None else options.model,
         provider=options.provider,
@@ -202,6 +201,8 @@ def _generate(options: argparse.Namespace) -> None:
     result = _draw(pipe, plan)
     for file, image, seed in zip(files, result.images, plan.seeds, strict=True):
         png.save(image, file, _parameters(pipe.bundle, result, seed))
+    if (placed := pipe.assignment) is not None and placed.share == 1:  # else it was told by a warning
+        print(placed, file=sys.stderr)
     paths = [str(file) for file in files]
     if options.json:
         print(json.dumps({"images": paths} | asdict(result.report)))
@@ -360,7 +361,6 @@ def _inspect(options: argparse.Namespace) -> None:
         verify(bundle)
     if options.provider_option and options.provider is None:
         _refuse("--provider-option needs --provider NAME")
-    logging.getLogger("runtime.session").setLevel(logging.ERROR)  # what falls back is in the table
     placed = assignments(bundle, options.provider, _pairs(options.provider_option)) if options.provider else []
     if options.json:
         told = {"folder": str(bundle.folder), "foreign": bundle.foreign, "verified": options.verify}

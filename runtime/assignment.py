@@ -72,17 +72,20 @@ class Assignment:
         """Of the compute on the provider that was asked for, 0 to 1."""
         return 1.0 - sum(part.share for part in self.fallbacks)
 
+    @property
+    def measure(self) -> str:
+        """What the shares are of, in words."""
+        return "the compute" if self.by_compute else "the nodes (its bundle does not give their compute)"
+
     def fits(self, fallback: Fallback) -> bool:
         """Whether no more fell back than may: 10 % of the compute if `limited`, no node if `never`, else all of it."""
         return self.share >= _LEAST[fallback] and not (fallback == "never" and self.fallbacks)
 
     def __str__(self) -> str:
         """One line: share and nodes on the provider asked for, then what fell back."""
-        of = "the compute" if self.by_compute else "the nodes (its bundle does not give their compute)"
-        line = (
-            f"{self.component}: {_percent(self.share)} of {of} on {self.asked} ({self.nodes.get(self.asked, 0)} nodes)"
-        )
-        return f"{line}; on {_listed(self.fallbacks)}" if self.fallbacks else line
+        ours = self.nodes.get(self.asked, 0)
+        line = f"{self.component}: {_percent(self.share)} of {self.measure} on {self.asked} ({ours} nodes)"
+        return f"{line}, the rest on {_listed(self.fallbacks)}" if self.fallbacks else line
 
     def table(self) -> str:
         """A line per operator and provider, the heaviest first, under one that sums up."""
@@ -160,12 +163,12 @@ def check(assignment: Assignment, fallback: Fallback) -> None:
     """ProviderError, with the heaviest operators that fell back, if more did than `fallback` allows."""
     if assignment.fits(fallback):
         return
-    what = "compute" if assignment.by_compute else "nodes (its bundle does not give their compute)"
-    wanted = f"at least {_percent(_LEAST[fallback])}" + (" (--strict)" if fallback == "never" else "")
+    strict = fallback == "never"
     raise ProviderError(
-        f"{assignment.component}: {_percent(assignment.share)} of its {what} would run on {assignment.asked}, "
-        f"{wanted} is wanted; on {_listed(assignment.fallbacks)}: it would be as slow as that, with copies to and fro; "
-        "export it for this provider, choose another --provider, or give --allow-fallback"
+        f"{assignment.component}: only {_percent(assignment.share)} of {assignment.measure} would run on "
+        f"{assignment.asked}, {_percent(_LEAST[fallback])} is wanted; the rest on {_listed(assignment.fallbacks)}: "
+        "it would be no faster than there, and copy to and fro; export it for this provider, choose another "
+        f"--provider, or {'leave --strict out' if strict else 'give --allow-fallback'}"
     )
 
 
@@ -178,12 +181,12 @@ def fallback_of(text: str) -> Fallback:
 
 
 def _listed(parts: Sequence[Part]) -> str:
-    """`CPUExecutionProvider instead: MatMul 40 % (70 nodes), Conv 2 % (1 node)`, the heaviest of them."""
-    told = [f"{part.operator} {_percent(part.share)} ({part.nodes})" for part in parts[:_NAMED]]
+    """`CPUExecutionProvider: MatMul 40 % (nodes: 70), Conv 2 % (nodes: 1), 3 other operators`, the heaviest first."""
+    told = [f"{part.operator} {_percent(part.share)} (nodes: {part.nodes})" for part in parts[:_NAMED]]
     if len(parts) > _NAMED:
-        told.append(f"{len(parts) - _NAMED} more operators")
+        told.append(f"{len(parts) - _NAMED} other operators")
     providers = ", ".join(dict.fromkeys(part.provider for part in parts))
-    return f"{providers} instead: {', '.join(told)}"
+    return f"{providers}: {', '.join(told)}"
 
 
 def _percent(share: float) -> str:

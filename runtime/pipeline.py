@@ -23,7 +23,7 @@ from PIL import Image
 
 import epd
 
-from .assignment import Fallback, fallback_of, summary
+from .assignment import Assignment, Fallback, fallback_of, summary
 from .bundle import REQUIRED, Bundle
 from .errors import NotFiniteError, RequestError
 from .memory import peak_rss_bytes
@@ -278,6 +278,11 @@ class Pipeline:
         pictures = np.concatenate([decoder(latent_sample=row[None], want=["sample"])["sample"] for row in scaled])
         pixels: NDArray[np.float32] = np.clip(pictures.astype(np.float32) / 2 + np.float32(0.5), 0, 1)
         return pixels.transpose(0, 2, 3, 1)
+
+    @property
+    def assignment(self) -> Assignment | None:
+        """Where the backbone's nodes run; None before it is loaded, or where onnxruntime cannot tell."""
+        return self._session(self.bundle.backbone).assignment
 
     def close(self) -> None:
         """Releases all sessions; they are loaded again when needed."""

@@ -130,12 +130,10 @@ class Session:
             return
         macs = self.bundle.facts.components[self.component].macs
         placed = assignment.assign(self.component, self.provider, nodes, macs)
-        is_backbone = self.component == self.bundle.backbone
-        if is_backbone or self.fallback == "never":
+        if self.component == self.bundle.backbone or self.fallback == "never":
             assignment.check(placed, self.fallback)
-        if self.assignment is None:
-            level = logging.WARNING if placed.share < 1 else logging.INFO if is_backbone else logging.DEBUG
-            log.log(level, "%s", placed)
+        if self.assignment is None and placed.share < 1:
+            log.warning("%s", placed)
         self.assignment = placed
 
     def unload(self) -> None:

@@ -33,7 +33,7 @@ def test_loads_when_called_and_unloads(bundles):
     assert np.array_equal(session(**feeds())["out_sample"], first)
     assert session.calls == 2
     assert session.run_seconds > 0
-    assert session.nodes is None or set(session.nodes) == {"CPUExecutionProvider"}
+    assert session.assignment is None or set(session.assignment.nodes) == {"CPUExecutionProvider"}
 
 
 def test_casts_to_the_declared_type(unet):

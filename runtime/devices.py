@@ -128,6 +128,8 @@ def _start(ort: ModuleType, row: Provider) -> None:
     """ProviderError if the provider does not start a graph of one node."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
+    if row is not CPU and row.name != "vitisai":  # whose compiler may leave so small a graph to the CPU
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
         add_provider(ort, options, row, {})
         ran = ort.InferenceSession(_ADD, options, enable_fallback=0).get_providers()[0]

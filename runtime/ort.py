@@ -89,12 +89,16 @@ def add_provider(ort: ModuleType, options: Any, row: Provider, chosen: Mapping[s
         current = getattr(options, name)
         setattr(options, name, getattr(type(current), value) if isinstance(value, str) else value)
     passed = settled(row, chosen)
-    if not devices:
+    if devices:
+        options.add_provider_for_devices([_device(row, devices, passed)], passed)
+    elif row.prefix:
+        for name, value in passed.items():
+            options.add_session_config_entry(row.prefix + name, value)
+        options.add_provider(row.ort, {})
+    else:
         if row.libraries is NVIDIA and hasattr(ort, "preload_dlls"):
             ort.preload_dlls()  # CUDA and cuDNN out of NVIDIA's wheels
         options.add_provider(row.ort, passed)
-        return
-    options.add_provider_for_devices([_device(row, devices, passed)], passed)
 
 
 def settled(row: Provider, chosen: Mapping[str, str]) -> dict[str, str]:

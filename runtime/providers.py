@@ -9,6 +9,7 @@ option headers and strings in them), those that run on Linux without hardware by
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -22,15 +23,19 @@ _SUFFIX = "executionprovider"
 
 @dataclass(frozen=True)
 class Option:
-    """What one provider option takes: `values` if there are any, else anything of its kind."""
+    """What one provider option takes: `values` if there are any, what fits `pattern`, else anything of its kind."""
 
     kind: Literal["whole", "number", "switch", "text", "path"] = "text"
     values: tuple[str, ...] = ()
     default: str | None = None
+    pattern: str = ""  # whole text, as a regular expression
+    example: str = ""
 
     def takes(self, text: str) -> bool:
         if self.values:
             return text in self.values
+        if self.pattern:
+            return re.fullmatch(self.pattern, text) is not None
         if self.kind in ("whole", "number"):
             try:
                 return int(text) >= 0 if self.kind == "whole" else float(text) == float(text)
@@ -40,7 +45,7 @@ class Option:
 
     def __str__(self) -> str:
         kinds = {"whole": "a whole number", "number": "a number", "text": "text", "path": "a path"}
-        return " or ".join(self.values) if self.values else kinds[self.kind]
+        return " or ".join(self.values) if self.values else self.example or kinds[self.kind]
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,9 @@ class Provider:
         Options on a machine of another kind than the device's (QNN on x86: a Snapdragon 8 Gen 2 is emulated).
     session
         Attributes of the session options that it wants.
+    prefix
+        Options are entries of the session's configuration under it: the provider, where it is built in, reads those
+        and drops provider options without a word (seen with WebGPU 1.27).
     """
 
     name: str
@@ -102,6 +110,7 @@ class Provider:
     libraries: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     emulated: Mapping[str, str] = field(default_factory=dict)
     session: Mapping[str, Any] = field(default_factory=dict)
+    prefix: str = ""
     remedy: str = ""
 
     @property
@@ -127,6 +136,7 @@ def _bools(*names: str) -> dict[str, Option]:
 
 
 NVIDIA = {"linux": ("libcuda.so.1",), "win32": ("nvcuda.dll",)}
+_INTEL = r"(CPU|GPU|NPU)(\.\d+)?"
 _EVERYWHERE = tuple(SYSTEMS)
 
 _ROWS = (
@@ -331,7 +341,11 @@ _ROWS = (
         "dynamic",
         ("fp16", "bf16", "fp32", "int8"),
         {
-            "device_type": Option(default="CPU"),  # CPU, GPU, GPU.1, NPU, AUTO:NPU,CPU, HETERO:...
+            "device_type": Option(  # another is taken for a device, and the CPU used
+                default="CPU",
+                pattern=rf"{_INTEL}|(AUTO|MULTI|HETERO|BATCH):{_INTEL}(,{_INTEL})*|AUTO",
+                example="CPU, GPU, GPU.1, NPU, AUTO or such as AUTO:NPU,CPU",
+            ),
             "precision": Option(values=("FP32", "FP16", "ACCURACY")),
             "model_priority": Option(values=("LOW", "MEDIUM", "HIGH", "DEFAULT")),
         }
@@ -387,7 +401,7 @@ _ROWS = (
         ),
         cache="migraphx_model_cache_dir",
         catalogue=True,
-        libraries={"linux": ("libamdhip64.so",), "win32": ("amdhip64_7.dll",)},
+        libraries={"linux": ("libmigraphx_c.so.3",), "win32": ("amdhip64_7.dll",)},
     ),
     Provider(
         "webgpu",
@@ -411,6 +425,7 @@ _ROWS = (
         | _of("text", "forceCpuNodeNames")
         | _switches("enableGraphCapture", "enableInt64", "preserveDevice"),
         libraries={"linux": ("libvulkan.so.1",), "win32": ("d3d12.dll",)},
+        prefix="ep.webgpuexecutionprovider.",
         plugins=(Plugin("onnxruntime-ep-webgpu", "onnxruntime_ep_webgpu"),),
     ),
 )

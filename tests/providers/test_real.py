@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from runtime.__main__ import main
-from runtime.ort import base_wheels, installed
+from runtime.devices import _ADD
+from runtime.ort import add_provider, base_wheels, failures, installed, onnxruntime
 from runtime.providers import PROVIDERS
 
 REAL = ("openvino", "webgpu", "qnn")
@@ -75,6 +76,28 @@ def test_it_draws_the_picture_that_the_cpu_draws(name, capsys, tmp_path):
         pictures.append(np.asarray(Image.open(picture), np.float64))
     error = ((pictures[0] - pictures[1]) ** 2).mean()
     assert error < 255**2 / 10**3.5, "PSNR under 35 dB"
+
+
+@pytest.mark.skipif(NONE, reason="no device here")
+def test_options_reach_the_provider(name):
+    wrong = {
+        "openvino": ("device_type", "GPU.7"),
+        "webgpu": ("preferredLayout", "HWCN"),
+        "qnn": ("backend_path", "none"),
+    }
+    option, value = wrong[name]
+    ort = onnxruntime()
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    with pytest.raises(failures(ort)):
+        start(ort, options, PROVIDERS[name], {option: value})
+
+
+def start(ort, options, row, chosen):
+    add_provider(ort, options, row, chosen)
+    ran = ort.InferenceSession(_ADD, options, enable_fallback=0).get_providers()
+    if ran[0] != row.ort:
+        raise ValueError(ran)
 
 
 def test_an_unknown_option_is_refused(name, capsys, tmp_path):

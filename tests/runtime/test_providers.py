@@ -52,6 +52,8 @@ def test_onnxruntime_knows_every_name():
             "must be EXHAUSTIVE or HEURISTIC or DEFAULT, got 'heuristic'",
         ),
         ("vitisai", {"cache_dir": ""}, "cache_dir must be a path, got ''"),
+        ("openvino", {"device_type": "XPU"}, r"device_type must be CPU, GPU, GPU\.1, NPU, .*, got 'XPU'"),
+        ("openvino", {"device_type": "AUTO:NPU,"}, "device_type must be"),
         ("cpu", {"threads": "2"}, "takes no provider options"),
     ],
 )
@@ -74,6 +76,11 @@ def test_one_that_is_not_here_is_refused_at_once(row, capsys, tmp_path):
         assert told.startswith("error: ")
         assert row.install in told if sys.platform in row.systems else "here choose from cpu" in told
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["CPU", "GPU.1", "NPU", "AUTO", "AUTO:NPU,CPU", "HETERO:GPU.0,CPU"])
+def test_openvinos_devices(text):
+    check_options(PROVIDERS["openvino"], {"device_type": text})
 
 
 def test_the_provider_is_added_once_to_the_callers_options():

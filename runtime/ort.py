@@ -72,8 +72,17 @@ def require(ort: ModuleType, row: Provider) -> tuple[Any, ...]:
     return devices
 
 
-def add_provider(ort: ModuleType, options: Any, row: Provider, chosen: Mapping[str, str]) -> None:
-    """Makes the provider the one that session options `options` run on; nothing if they name theirs already.
+def add_provider(
+    ort: ModuleType, options: Any, row: Provider, chosen: Mapping[str, str], *, shared: bool = False
+) -> list[tuple[str, dict[str, str]]] | None:
+    """Makes the provider the one that session options `options` run on, unless they name theirs already.
+
+    Parameters
+    ----------
+    shared
+        More than one session is made with `options`: a provider that onnxruntime has built in is then not added to
+        them but returned, as `InferenceSession`'s argument `providers`. (Two sessions of one added WebGPU provider, the
+        second after the end of the first, ended the process.)
 
     Raises
     ------
@@ -83,22 +92,25 @@ def add_provider(ort: ModuleType, options: Any, row: Provider, chosen: Mapping[s
         Its library or driver does not start.
     """
     devices = require(ort, row)
-    if options.has_providers():  # the caller's own, or these options made a session before
-        return
+    if options.has_providers():  # the caller's own, or a plugin's from the session before
+        return None
     for name, value in row.session.items():
         current = getattr(options, name)
         setattr(options, name, getattr(type(current), value) if isinstance(value, str) else value)
     passed = settled(row, chosen)
     if devices:
         options.add_provider_for_devices([_device(row, devices, passed)], passed)
-    elif row.prefix:
+        return None
+    if row.prefix:
         for name, value in passed.items():
             options.add_session_config_entry(row.prefix + name, value)
-        options.add_provider(row.ort, {})
-    else:
-        if row.libraries is NVIDIA and hasattr(ort, "preload_dlls"):
-            ort.preload_dlls()  # CUDA and cuDNN out of NVIDIA's wheels
-        options.add_provider(row.ort, passed)
+        passed = {}
+    if row.libraries is NVIDIA and hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()  # CUDA and cuDNN out of NVIDIA's wheels
+    if shared:
+        return [(row.ort, passed)]
+    options.add_provider(row.ort, passed)
+    return None
 
 
 def settled(row: Provider, chosen: Mapping[str, str]) -> dict[str, str]:

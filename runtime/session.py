@@ -47,7 +47,7 @@ class Session:
     provider_options : mapping of str to str, optional
         Those of its row, and no others; see `runtime.providers`.
     session_options : onnxruntime.SessionOptions, optional
-        The provider is added to them unless they name one, and what `fallback` needs.
+        What the provider and `fallback` need is added to them; a provider that they name themselves is left.
     fallback : {"limited", "allowed", "never"}
         What may run on the CPU in place of another provider: of the backbone less than 10 % of the compute (of the
         other components anything), anything, or no node of any component. Whatever does is a warning.
@@ -103,8 +103,9 @@ class Session:
         options = self._options(ort)
         started = time.perf_counter()
         try:
-            add_provider(ort, options, self._row, self._provider_options)
-            session = ort.InferenceSession(self.path, options, enable_fallback=0)  # else the CPU would stand in
+            shared = self._session_options is not None
+            named = add_provider(ort, options, self._row, self._provider_options, shared=shared)
+            session = ort.InferenceSession(self.path, options, named, enable_fallback=0)  # else the CPU would stand in
         except ProviderError:
             raise
         except failures(ort) as error:

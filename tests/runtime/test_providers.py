@@ -91,6 +91,13 @@ def test_the_provider_is_added_once_to_the_callers_options():
     assert ran == ["CPUExecutionProvider"]
 
 
+def test_options_of_several_sessions_are_given_no_provider_that_is_built_in():
+    options = onnxruntime.SessionOptions()
+    named = add_provider(onnxruntime, options, CPU, {}, shared=True)
+    assert named == [("CPUExecutionProvider", {})]
+    assert not options.has_providers()
+
+
 def test_another_provider_in_the_callers_options_is_told(bundles, monkeypatch):
     options = onnxruntime.SessionOptions()
     options.add_provider("CPUExecutionProvider", {})

@@ -118,7 +118,7 @@ class Provider:
         """The line to type, or where it comes from if pip has it not."""
         if not self.packages:
             return self.remedy
-        words = [f'"{package}"' if "[" in package else package for package in self.packages]
+        words = [f'"{package}"' if set(package) & set("[<>") else package for package in self.packages]
         return f"pip install {' '.join(words)} (or the extra [{self.extra}])"
 
 
@@ -170,7 +170,7 @@ _ROWS = (
     Provider(
         "tensorrt",
         "TensorrtExecutionProvider",
-        ("onnxruntime-gpu[cuda,cudnn]", "tensorrt"),
+        ("onnxruntime-gpu[cuda,cudnn]", "tensorrt<11"),
         "tensorrt",
         ("linux", "win32"),
         "profiles",

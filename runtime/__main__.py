@@ -1,4 +1,4 @@
-"""python -m runtime generate|fit|solvers|inspect"""
+"""python -m runtime generate|fit|solvers|inspect|devices|doctor"""
 
 from __future__ import annotations
 
@@ -46,6 +46,8 @@ def carried_out(options: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from .devices import add_commands
+
     parser = argparse.ArgumentParser(prog="python -m runtime", description="Pictures from a bundle, without torch.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -108,6 +110,8 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument("--provider", metavar="NAME", help="load every graph on it and show where each operator runs")
     look.add_argument("--provider-option", action="append", default=[], metavar="KEY=VALUE", help="may be repeated")
     look.add_argument("--json", action="store_true", help="print one object on stdout")
+
+    add_commands(commands)
     return parser
 
 

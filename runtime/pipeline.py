@@ -30,7 +30,8 @@ from .facts import REQUIRED
 from .memory import peak_rss_bytes
 from .noise import Stream
 from .plan import Plan, make_plan
-from .session import Session, provider_name
+from .providers import check_options, provider_of
+from .session import Session
 from .slopes import Directions, Slopes, directions_of
 from .text import conditioning
 
@@ -80,7 +81,7 @@ class Pipeline:
         fallback: Fallback = "limited",
     ) -> None:
         bundle.require(*REQUIRED[bundle.facts.family])
-        provider_name(provider)  # a wrong name is told now, not at the first load
+        check_options(provider_of(provider), provider_options or {})  # told now, not at the first load
         self.bundle, self.provider = bundle, provider
         self.options = dict(provider_options or {})  # of the provider
         self._options = {"provider_options": provider_options, "session_options": session_options}

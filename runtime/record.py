@@ -13,7 +13,7 @@ from .bundle import Bundle
 from .errors import RequestError
 from .plan import Plan
 from .png import version
-from .session import provider_name
+from .providers import provider_name
 from .tables import load_table
 
 if TYPE_CHECKING:

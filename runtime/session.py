@@ -6,8 +6,6 @@ Knows nothing of pipelines or solvers. Imports onnxruntime when the first sessio
 from __future__ import annotations
 
 import concurrent.futures
-import functools
-import importlib.metadata
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -22,19 +20,12 @@ from .assignment import Assignment, Fallback
 from .bundle import Bundle
 from .errors import BundleError, NotFiniteError, ProviderError, RequestError
 from .facts import Tensor
+from .ort import add_provider, failures, one_line, onnxruntime
+from .providers import CPU, check_options, provider_of
 
 Value = TypeVar("Value")
 log = logging.getLogger(__name__)
 
-# Name typed -> (ONNX Runtime's name, wheel that has it). Exactly one of the wheels may be installed.
-PROVIDERS = {
-    "cpu": ("CPUExecutionProvider", "onnxruntime"),
-    "cuda": ("CUDAExecutionProvider", "onnxruntime-gpu"),
-    "directml": ("DmlExecutionProvider", "onnxruntime-directml"),
-    "openvino": ("OpenVINOExecutionProvider", "onnxruntime-openvino"),
-    "webgpu": ("WebGpuExecutionProvider", "onnxruntime-webgpu"),
-    "migraphx": ("MIGraphXExecutionProvider", "onnxruntime-migraphx"),
-}
 _TYPES = {  # ONNX Runtime's type names -> numpy's
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -53,11 +44,11 @@ class Session:
     bundle, component
         Which graph.
     provider : str
-        `cpu`, another key of `PROVIDERS`, or ONNX Runtime's own name of one; any case.
+        `cpu`, another key of `runtime.providers.PROVIDERS`, or ONNX Runtime's own name of one; any case.
     provider_options : mapping of str to str, optional
-        For another provider than the CPU, which ignores them without a word.
+        Those of its row, and no others; see `runtime.providers`.
     session_options : onnxruntime.SessionOptions, optional
-        Only what `fallback` needs is added to them.
+        What the provider and `fallback` need is added to them; a provider that they name themselves is left.
     fallback : {"limited", "allowed", "never"}
         What may run on the CPU in place of another provider: of the backbone less than 10 % of the compute (of the
         other components anything), anything, or no node of any component. Whatever does is a warning.
@@ -82,9 +73,9 @@ class Session:
     ) -> None:
         self.bundle, self.component, self.fallback = bundle, component, fallback
         self.path = bundle.graph(component)
-        self.provider = provider_name(provider)
-        if provider_options and self.provider == PROVIDERS["cpu"][0]:
-            raise ProviderError(f"{self.provider} takes no provider options; leave them out, or name another provider")
+        self._row = provider_of(provider)
+        self.provider = self._row.ort
+        check_options(self._row, provider_options or {})
         self.load_seconds = self.run_seconds = 0.0
         self.calls = 0
         self.assignment: Assignment | None = None
@@ -110,17 +101,15 @@ class Session:
         if self._session is not None:
             return self
         ort = onnxruntime()
-        require_provider(ort, self.provider)
-        failures: tuple[type[Exception], ...] = (*_failures(ort), RuntimeError, ValueError)
+        options = self._options(ort)
         started = time.perf_counter()
         try:
-            session = ort.InferenceSession(
-                self.path,
-                self._options(ort),
-                providers=[(self.provider, self._provider_options)],
-                enable_fallback=0,  # else a provider that cannot start is replaced by the CPU
-            )
-        except failures as error:
+            shared = self._session_options is not None
+            named = add_provider(ort, options, self._row, self._provider_options, shared=shared)
+            session = ort.InferenceSession(self.path, options, named, enable_fallback=0)  # else the CPU would stand in
+        except ProviderError:
+            raise
+        except failures(ort) as error:
             raise self._unreadable(error) from None
         self.load_seconds += time.perf_counter() - started
         ran = session.get_providers()
@@ -138,7 +127,7 @@ class Session:
         """Records where the nodes run, tells it (once) and refuses what may not be."""
         nodes = assignment.recorded(session)
         if nodes is None:
-            if self.provider != PROVIDERS["cpu"][0] and not self._strict(onnxruntime()):
+            if self._row is not CPU and not self._strict(onnxruntime()):
                 log.warning("%s: this onnxruntime cannot tell which nodes run on the CPU; 1.24 can", self.component)
             return
         macs = self.bundle.facts.components[self.component].macs
@@ -207,8 +196,8 @@ class Session:
         started = time.perf_counter()
         try:
             results = _interruptible(lambda: session.run(names, feeds, options), lambda: _terminate(options))
-        except _failures(ort) as error:
-            raise RequestError(f"{self.component}: onnxruntime could not run it: {_one_line(error)}") from None
+        except failures(ort) as error:
+            raise RequestError(f"{self.component}: onnxruntime could not run it: {one_line(error)}") from None
         self.run_seconds += time.perf_counter() - started
         self.calls += 1
         for name, result in zip(names, results, strict=True):
@@ -237,19 +226,19 @@ class Session:
 
     def _strict(self, ort: ModuleType) -> bool:
         """Whether onnxruntime itself is to refuse nodes on the CPU: all of them, for one too old to tell how many."""
-        if self.provider == PROVIDERS["cpu"][0]:
+        if self._row is CPU:
             return False
         limited = self.fallback == "limited" and self.component == self.bundle.backbone
         return self.fallback == "never" or (limited and not assignment.tells(ort))
 
     def _unreadable(self, error: BaseException) -> BundleError | ProviderError:
-        if self.provider == PROVIDERS["cpu"][0]:
+        if self._row is CPU:
             return BundleError(
-                f"{self.path}: onnxruntime cannot load it ({_one_line(error)}); export or copy the bundle again"
+                f"{self.path}: onnxruntime cannot load it ({one_line(error)}); export or copy the bundle again"
             )
         remedy = "leave --strict out" if self.fallback == "never" else "export it for this provider"
         return ProviderError(
-            f"{self.component}: {self.provider} cannot run it ({_one_line(error)}); {remedy}, or give --provider cpu"
+            f"{self.component}: {self.provider} cannot run it ({one_line(error)}); {remedy}, or give --provider cpu"
         )
 
     def _checked(self, arrays: Mapping[str, ArrayLike]) -> dict[str, NDArray[Any]]:
@@ -280,69 +269,6 @@ class Session:
             ) from None
 
 
-def onnxruntime() -> ModuleType:
-    """The onnxruntime package; ProviderError if there is none, or if two wheels of it overwrote each other."""
-    wheels = sorted({wheel for _, wheel in PROVIDERS.values()} & _installed())
-    if len(wheels) > 1:
-        raise ProviderError(
-            f"two onnxruntime packages break each other: {', '.join(wheels)}; "
-            f"pip uninstall -y {' '.join(wheels)}, then install the one you want"
-        )
-    try:
-        import onnxruntime as ort
-    except ImportError as error:  # not there, or there and broken
-        raise ProviderError(
-            f"onnxruntime cannot be imported ({_one_line(error)}); pip install onnxruntime (or the extra [cpu])"
-        ) from None
-    return ort  # type: ignore[no-any-return]
-
-
-def provider_name(name: str) -> str:
-    """ONNX Runtime's name of a provider, from any spelling of it; ProviderError gives the choices."""
-    for short, (full, _) in PROVIDERS.items():
-        if name.lower() in (short, full.lower()):
-            return full
-    raise ProviderError(f"unknown provider {name!r}; choose from {', '.join(PROVIDERS)}")
-
-
-def require_provider(ort: ModuleType, provider: str) -> None:
-    """ProviderError, with the line to type, if the installed onnxruntime has not the provider."""
-    available = ort.get_available_providers()
-    if provider not in available:
-        extra, wheel = next((short, wheel) for short, (full, wheel) in PROVIDERS.items() if full == provider)
-        raise ProviderError(
-            f"{provider} is not in the installed onnxruntime (it has {', '.join(available)}); in an "
-            f"environment of its own: pip install {wheel} (or the extra [{extra}])"
-        )
-
-
-@functools.cache  # milliseconds, and asked at every call
-def _installed() -> frozenset[str]:
-    def there(wheel: str) -> bool:
-        try:
-            return bool(importlib.metadata.version(wheel))
-        except importlib.metadata.PackageNotFoundError:
-            return False
-
-    return frozenset(wheel for _, wheel in PROVIDERS.values() if there(wheel))
-
-
-def _failures(ort: ModuleType) -> tuple[type[Exception], ...]:
-    """What onnxruntime raises: its own classes share no base."""
-    state = ort.capi.onnxruntime_pybind11_state
-    names = (
-        "Fail",
-        "InvalidArgument",
-        "InvalidGraph",
-        "InvalidProtobuf",
-        "NoSuchFile",
-        "NotImplemented",
-        "RuntimeException",
-        "EPFail",
-    )
-    return tuple(getattr(state, name) for name in names)
-
-
 def _interruptible(call: Callable[[], Value], stop: Callable[[], None]) -> Value:
     """The result of `call`, run in a thread so that Ctrl-C is seen at once; `stop` then ends it."""
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
@@ -363,8 +289,3 @@ def _terminate(options: Any) -> None:
 def _tensor(argument: Any) -> Tensor:
     shape = tuple(size if isinstance(size, int) else str(size or "any") for size in argument.shape)
     return Tensor(argument.name, _TYPES.get(argument.type, argument.type), shape)
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else f"{text[:100]} ... {text[-200:]}"  # the end names the cause

@@ -90,7 +90,7 @@ def test_prompt_file(bundles, tmp_path):
         (["red", "--steps", "0"], "steps must be from 1"),
         (["red", "-W", "24", "-H", "24"], "python -m export nobody/tiny"),
         (["red", "--provider", "npu"], "unknown provider 'npu'"),
-        (["red", "--provider", "directml"], "pip install onnxruntime-directml"),
+        (["red", "--provider", "migraphx"], "pip install onnxruntime-migraphx"),
         (["red", "--provider-option", "fast"], "is not KEY=VALUE"),
         (["red", "-o", "nowhere/a.png"], "cannot be written"),
         (["red", "--table", "nothing.json"], "nothing.json"),

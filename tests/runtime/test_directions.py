@@ -12,6 +12,7 @@ import tiny_bundle
 from onnx import TensorProto, helper
 
 import epd
+from epd.catalogue import cache_folder
 from runtime import directions
 from runtime.__main__ import main
 from runtime.bundle import Bundle
@@ -28,7 +29,7 @@ DRAWING = {"seed": 3, "solver": "epd", "k": 3, "num_inference_steps": 3, "num_im
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("EPD_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "directions"
+    return cache_folder() / "directions"
 
 
 class Device:
@@ -118,9 +119,7 @@ def test_all_ways_give_the_slopes_of_one_batch(bundles, family, way, images, gui
     expected = batch(request)
     np.testing.assert_allclose(other(request), expected, rtol=1e-5, atol=1e-6)
     assert batch.guided_forwards == other.guided_forwards
-    shares = [[3, 0], [3 * images - 3 * images // 2, 3 * images // 2]][way == "spread"]
     assert [s.calls for s in other.sessions] == ([1, 1] if way == "spread" else [3, 0])
-    assert [u for u in share(3 * images, other.speeds)] == shares or way != "spread"
 
 
 @pytest.mark.parametrize("way", ["batch", "calls", "async", "spread"])
@@ -364,9 +363,7 @@ def test_one_timestep_for_all_rows(bundles):
     for way in ("calls", "async", "spread"):
         other = slopes(scalar, None, None, how=way)
         np.testing.assert_allclose(other(request), expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(
-        RequestError, match="one timestep for all rows in|takes one timestep for all rows.*calls or auto"
-    ):
+    with pytest.raises(RequestError, match=r"one timestep for all rows.*give --directions calls or auto"):
         settle(slopes(scalar, None), "batch", request, Profile({}))
     clock = Clock()
     chosen = slopes(scalar, lambda rows: 8 + rows, clock=clock)

@@ -266,7 +266,7 @@ def _fastest(trial: Slopes, ways: Sequence[Directions], points: epd.Points, prof
     log.warning(
         "%s: %d direction%s cost %s calls here; %s (a call: %.3g s, %s)",
         chosen, len(points.x), "s" * (len(points.x) > 1), cost[chosen], others, seconds[_POINT],
-        "measured now" if profile.anew else "measured before",
+        "measured now" if profile.anew else f"measured before: {profile.file}",
     )  # fmt: skip
     return chosen
 

@@ -94,7 +94,7 @@ class Pipeline:
         check(directions, len(self._providers))
         self.bundle, self.provider, self.directions = bundle, provider, directions
         self.options = dict(provider_options or {})  # of the first provider
-        self._session_options = session_options
+        self._options = {"provider_options": provider_options, "session_options": session_options}
         self._sessions: dict[str, Session] = {}
 
     @classmethod
@@ -301,13 +301,8 @@ class Pipeline:
         """Of a component, on the provider of that index."""
         name = f"{component} {index}" if index else component
         if name not in self._sessions:
-            self._sessions[name] = Session(
-                self.bundle,
-                component,
-                provider=self._providers[index],
-                provider_options=self.options if index == 0 else None,
-                session_options=self._session_options,
-            )
+            options = self._options | ({"provider_options": None} if index else {})
+            self._sessions[name] = Session(self.bundle, component, provider=self._providers[index], **options)
         return self._sessions[name]
 
     def _settle(self, plan: Plan, slopes: Slopes, x: NDArray[np.float64], clock: _Clock) -> None:
@@ -325,7 +320,8 @@ class Pipeline:
 
     def _key(self, plan: Plan) -> dict[str, Any]:
         """All that the best way to run the plan's directions depends on."""
-        threads = [getattr(self._session_options, name, 0) for name in ("intra_op_num_threads", "inter_op_num_threads")]
+        options = self._options["session_options"]
+        threads = [getattr(options, name, 0) for name in ("intra_op_num_threads", "inter_op_num_threads")]
         return {
             "bundle": self.identity(),
             "providers": self._providers,

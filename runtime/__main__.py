@@ -87,9 +87,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     draw.add_argument("--calls", type=int, metavar="M", help="the bundle's best table of at most M sequential calls")
     draw.add_argument("-k", type=int, metavar="K", help="directions of epd without a table (default 2)")
-    draw.add_argument("--provider", default="cpu", metavar="NAME", help="ONNX Runtime execution provider (default cpu)")
+    draw.add_argument(
+        "--provider",
+        default="cpu",
+        metavar="NAME",
+        help="ONNX Runtime execution provider (default cpu), or several to divide the work among: webgpu,cpu",
+    )
     draw.add_argument("--provider-option", action="append", default=[], metavar="KEY=VALUE", help="may be repeated")
     _add_fallback(draw)
+    draw.add_argument(
+        "--directions",
+        metavar="WAY",
+        help="how the K points of a step run: one batch, calls in turn, async (calls at once), spread over several "
+        "providers, or auto: the fastest here, measured once (default: auto if it was measured before, else batch)",
+    )
     draw.add_argument(
         "-o", "--output", type=_path, metavar="PNG", help="file, or folder (default: MODEL-SEED.png here)"
     )
@@ -189,6 +200,7 @@ def _generate(options: argparse.Namespace) -> None:
         provider=options.provider,
         provider_options=_pairs(options.provider_option),
         fallback=options.fallback,
+        directions=options.directions,
     )
     if options.from_metadata is not None:
         asked = _recorded(options.from_metadata, pipe, asked) | asked
@@ -316,6 +328,8 @@ def _fit(options: argparse.Namespace) -> None:
     )
     if options.n is not None and options.n < 1:
         _refuse(f"-n must be 1 or more, got {options.n}")
+    if "," in options.provider:
+        _refuse(f"fitting runs on one provider; give one of {options.provider}")
     calls = options.n + 1 if options.n is not None else 6 if options.calls is None else options.calls
     order = Order(
         prompts=read_prompts(options.prompts, pipe.bundle.folder),

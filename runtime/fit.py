@@ -228,7 +228,7 @@ class Fitting:
 
     def _file(self, kind: str, of: Any, suffix: str) -> Path:
         """Where something is kept: named by everything it depends on."""
-        told = [of, version(), [(_identity(pipe), pipe.provider, pipe.options) for pipe in (self.pipe, self.teacher)]]
+        told = [of, version(), [(pipe.identity(), pipe.provider, pipe.options) for pipe in (self.pipe, self.teacher)]]
         name = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:24]
         file = self.work / f"{kind}-{name}{suffix}"
         self._kept.add(file)
@@ -306,13 +306,6 @@ def _written(file: Path) -> Iterator[IO[bytes]]:
         raise OSError(error.errno, error.strerror or str(error), str(file)) from error
     finally:
         partial_file.unlink(missing_ok=True)
-
-
-def _identity(pipe: Pipeline) -> str:
-    """Of the weights: the bundle's, or the sizes and times of a foreign folder's files."""
-    bundle = pipe.bundle
-    files = sorted(bundle.folder.glob("*/*.onnx*")) if bundle.foreign else []
-    return bundle.fingerprint() or repr([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
 
 
 def _long(seconds: float) -> str:

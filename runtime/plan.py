@@ -63,9 +63,14 @@ class Plan:
         return self.table.directions if self.table is not None else 1
 
     @property
+    def points(self) -> int:
+        """The most points one request asks for."""
+        return self.steps if self.table is None and METHODS[self.solver].calls == 0 else self.directions
+
+    @property
     def wide(self) -> bool:
         """Whether some of its requests are for several points at once."""
-        return self.directions > 1 or (self.table is None and METHODS[self.solver].calls == 0)
+        return self.points > 1
 
     def coroutine(self, noise: Noise) -> Solver:
         """The solver; `noise` gives those that draw any normal numbers in the shape of a state."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
+import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from types import ModuleType, TracebackType
@@ -82,6 +83,8 @@ class Session:
         self._provider_options = dict(provider_options or {})
         self._session_options = session_options
         self._session: Any = None
+        self._lock = threading.Lock()  # for what concurrent calls write
+        self._running: set[Any] = set()  # run options of the calls under way
 
     @property
     def loaded(self) -> bool:
@@ -138,6 +141,12 @@ class Session:
             log.warning("%s", placed)
         self.assignment = placed
 
+    def stop(self) -> None:
+        """Ends the calls under way, which other threads have made: they raise RequestError."""
+        with self._lock:
+            for options in self._running:
+                _terminate(options)
+
     def unload(self) -> None:
         """Releases the session and its memory; it can be loaded again."""
         self._session = None
@@ -193,13 +202,19 @@ class Session:
             raise BundleError(f"{self.path}: no output {missing} in this graph; export it again")
         ort = onnxruntime()
         options = ort.RunOptions()
+        with self._lock:
+            self._running.add(options)
         started = time.perf_counter()
         try:
             results = _interruptible(lambda: session.run(names, feeds, options), lambda: _terminate(options))
         except failures(ort) as error:
             raise RequestError(f"{self.component}: onnxruntime could not run it: {one_line(error)}") from None
-        self.run_seconds += time.perf_counter() - started
-        self.calls += 1
+        finally:
+            with self._lock:
+                self._running.remove(options)
+        with self._lock:
+            self.run_seconds += time.perf_counter() - started
+            self.calls += 1
         for name, result in zip(names, results, strict=True):
             if result.dtype.kind == "f" and not np.isfinite(result).all():
                 raise NotFiniteError(f"{self.component}: NaN or infinity in its output {name}; {self._remedy()}")

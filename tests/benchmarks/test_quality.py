@@ -150,7 +150,9 @@ def test_all_forms_say_the_same(bundles, family, prompts, tmp_path, capsys):
     best = max(others, key=lambda row: row["psnr_db"]["mean"])
     assert mine["closest"] == best["solver"]
     assert mine["over_closest_db"]["mean"] == pytest.approx(mine["psnr_db"]["mean"] - best["psnr_db"]["mean"])
-    assert f"- mine: farther, {mine['over_closest_db']['mean']:+.2f}" in tables
+    half = (mine["over_closest_db"]["high"] - mine["over_closest_db"]["low"]) / 2
+    word = "closer" if mine["over_closest_db"]["mean"] > half else "no clear difference"
+    assert f"- mine: {word}, {mine['over_closest_db']['mean']:+.2f} ± {half:.2f} dB over {best['solver']}" in tables
     assert all(row["closest"] is None for row in others)
     assert files["plot"].read_bytes().startswith(b"\x89PNG")
     kept = sorted((tmp_path / "work").iterdir())

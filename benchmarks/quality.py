@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import epd
 from runtime.interval import Interval, interval
@@ -53,6 +54,8 @@ class Row:
     guided_forwards: float
     psnr_db: Interval
     over_euler_db: Interval | None  # paired differences of PSNR to Euler within the same calls
+    closest: str | None  # of a table: the best training-free solver within its calls
+    over_closest_db: Interval | None  # paired differences to that one
     latent_rmse: float
     right: float | None  # share of pictures that show their caption; None: not captions of the closed world
 
@@ -109,23 +112,38 @@ def measure(
             f"no converged reference: {pair[0].name} and {pair[1].name} agree to {agreement.mean:.1f} dB only, "
             f"{CONVERGED_DB:g} are needed; raise --reference-steps {reference_steps}"
         )
-    rows, euler = [], {}
+    rows: list[Row] = []
+    errors_of: dict[tuple[str, int | None], NDArray[np.float64]] = {}  # of the training-free solvers within some calls
     for attempt in attempts:
         found = bench.run(attempt)
         pictures = bench.pictures(found.latents)
         errors = psnr(truth, pictures)
-        if attempt.name == "euler":
-            euler[attempt.calls] = errors
-        over = None if attempt.calls is None else interval(errors - euler[attempt.calls])
+        if attempt.kind == "solver":
+            errors_of[attempt.name, attempt.calls] = errors
+        over = None if attempt.calls is None else interval(errors - errors_of["euler", attempt.calls])
+        closest, over_closest = _over_closest(attempt, errors, errors_of)
         rmse = np.sqrt(np.square(found.latents - ends[0], dtype=np.float64).mean((1, 2, 3))).mean()
         work = (found.sequential_calls, found.total_evaluations, found.guided_forwards)
         right = None if scenes is None else shown(pictures, scenes)
         name, kind, steps = attempt.name, attempt.kind, len(attempt.times) - 1
-        rows.append(Row(name, kind, attempt.calls, steps, *work, interval(errors), over, float(rmse), right))
+        compared = (interval(errors), over, closest, over_closest)
+        rows.append(Row(name, kind, attempt.calls, steps, *work, *compared, float(rmse), right))
         progress(attempt.name)
     facts, noisy = bench.pipe.bundle.facts, tuple(m.name for m in epd.solvers.METHODS.values() if m.noisy)
     told = (pair[0].name, pair[1].name)
     return Quality(facts.name, facts.family, bench.guidance, len(truth), told, agreement, noisy, tuple(rows))
+
+
+def _over_closest(
+    attempt: Attempt, errors: NDArray[np.float64], others: Mapping[tuple[str, int | None], NDArray[np.float64]]
+) -> tuple[str | None, Interval | None]:
+    """Of a table: the best training-free solver within as many calls, and what the table is above it."""
+    if attempt.kind != "table":
+        return None, None
+    name = max(
+        (name for name, calls in others if calls == attempt.calls), key=lambda n: others[n, attempt.calls].mean()
+    )
+    return name, interval(errors - others[name, attempt.calls])
 
 
 def add(commands: Any) -> None:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 HEAD = ("solver", "steps", "sequential calls", "total evaluations", "guided forwards", "PSNR dB", "over Euler dB",
         "latent RMSE", "right")  # fmt: skip
 COLUMNS = ("solver", "kind", "calls", "steps", "sequential_calls", "total_evaluations", "guided_forwards", "psnr_db",
-           "psnr_low_db", "psnr_high_db", "over_euler_db", "over_euler_low_db", "over_euler_high_db", "latent_rmse",
-           "right")  # fmt: skip
+           "psnr_low_db", "psnr_high_db", "over_euler_db", "over_euler_low_db", "over_euler_high_db", "closest",
+           "over_closest_db", "over_closest_low_db", "over_closest_high_db", "latent_rmse", "right")  # fmt: skip
 
 
 def markdown(quality: Quality) -> str:
@@ -35,10 +35,21 @@ def markdown(quality: Quality) -> str:
     for calls in _calls(quality.rows):
         rows = [row for row in quality.rows if row.calls == calls]
         lines += ["", f"## {calls} sequential calls", "", *_table(HEAD, _cells(rows))]
+        tables = [row for row in rows if row.over_closest_db is not None]
+        if tables:
+            lines += ["", "Paired, against the closest training-free solver within as many calls:", ""]
+            lines += [f"- {row.solver}: {_verdict(row)}" for row in tables]
     parallel = [row for row in quality.rows if row.calls is None]
     if parallel:
         lines += ["", "## Parallel in time: calls as they came out", "", *_table(HEAD, _cells(parallel))]
     return "\n".join(lines) + "\n"
+
+
+def _verdict(row: Row) -> str:
+    over = row.over_closest_db
+    assert over is not None  # only tables are asked
+    word = "closer" if over.low > 0 else "farther" if over.high < 0 else "no clear difference"
+    return f"{word}, {over.mean:+.2f} ± {over.half:.2f} dB over {row.closest}"
 
 
 def comma_separated(quality: Quality) -> str:
@@ -50,8 +61,24 @@ def comma_separated(quality: Quality) -> str:
         over = row.over_euler_db
         psnr = (row.psnr_db.mean, row.psnr_db.low, row.psnr_db.high)
         euler = (None, None, None) if over is None else (over.mean, over.low, over.high)
+        best = row.over_closest_db
+        closest = (None, None, None) if best is None else (best.mean, best.low, best.high)
         work = (row.sequential_calls, row.total_evaluations, row.guided_forwards)
-        writer.writerow([row.solver, row.kind, row.calls, row.steps, *work, *psnr, *euler, row.latent_rmse, row.right])
+        writer.writerow(
+            [
+                row.solver,
+                row.kind,
+                row.calls,
+                row.steps,
+                *work,
+                *psnr,
+                *euler,
+                row.closest,
+                *closest,
+                row.latent_rmse,
+                row.right,
+            ]
+        )
     return text.getvalue()
 
 

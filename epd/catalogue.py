@@ -200,6 +200,8 @@ def _download(url: str, part: Path, size: int, timeout: float, progress: Progres
         raise OSError(f"{url}: not reached ({error.reason}); try again, or give a mirror with --url") from error
     except TimeoutError as error:
         raise OSError(f"{url}: nothing came for {timeout:g} s; the same command goes on") from error
+    except http.client.InvalidURL as error:
+        raise ValueError(f"{url!a}: no address ({error}); give a mirror as https://HOST/FOLDER") from error
     except (http.client.HTTPException, ConnectionError) as error:
         raise OSError(f"{url}: the connection broke ({error}); the same command goes on") from error
     have = part.stat().st_size

@@ -199,7 +199,9 @@ class EPDScheduler(_Scheduler):
         prediction_type: str | None = None,
     ) -> None:
         schedule.check_configuration(family, self.config)
-        self.table = table if isinstance(table, Table) else Table.from_json(dict(table))
+        self.table = (
+            table if isinstance(table, Table) else Table.from_json(dict(table) if isinstance(table, Mapping) else table)
+        )
         self.register_to_config(table=self.table.to_json())
         first, given = self.table.times[0], self.table.family
         if given not in (None, family):

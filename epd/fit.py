@@ -28,6 +28,7 @@ from .solvers import dpm2
 from .table import Table, point_times
 
 Array = NDArray[np.float64]
+MARGIN = 0.05  # dB by which a design must be better to be taken
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,8 @@ def search(
     """Climbs from the best of `starts` through its neighbours; yields each better design with its score.
 
     `score` is asked at most `budget` times, never twice for one design. `moves` lists the neighbours of a design, those
-    most likely to help first.
+    most likely to help first, always in one order: what helped is tried again, then what comes after it. A neighbour
+    is better from `MARGIN` on, for a score is a mean over few images.
     """
     known: dict[Design, float] = {}
 
@@ -194,17 +196,16 @@ def search(
         if len(known) < budget and (best is None or scored(design) > scored(best)):
             best = design
             yield best, scored(best)
-    climbing = best is not None
-    while climbing:
-        climbing = False
-        assert best is not None
-        for design in moves(best):
-            if len(known) >= budget:
-                return
-            if design not in known and scored(design) > scored(best):
-                best, climbing = design, True
-                yield best, scored(best)
-                break
+    place, tried = 0, 0  # in the list of neighbours; of the best design's neighbours
+    while best is not None and tried < len(neighbours := list(moves(best))):
+        design = neighbours[place % len(neighbours)]
+        if design not in known and len(known) >= budget:
+            return
+        if design not in known and scored(design) >= scored(best) + MARGIN:
+            best, tried = design, 0
+            yield best, scored(best)
+        else:
+            place, tried = (place + 1) % len(neighbours), tried + 1
 
 
 def _ask(slope: Slope, x: Array, t: Floats) -> Array:

@@ -232,6 +232,16 @@ _NEUTRAL: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
 }
 
 
+_NUMBERS: dict[str, tuple[tuple[type, ...], float]] = {  # of a configuration: kinds, least
+    "num_train_timesteps": ((int,), 1),
+    "steps_offset": ((int,), 0),
+    "original_inference_steps": ((int,), 1),
+    "shift": ((int, float), 1e-6),
+    "beta_start": ((int, float), 0),  # VP says what betas must be to one another
+    "beta_end": ((int, float), 0),
+}
+
+
 def check_configuration(family: str, config: Mapping[str, Any]) -> None:
     """ValueError unless `of_checkpoint` can take the diffusers scheduler configuration `config`."""
     if family not in _NEUTRAL:
@@ -239,6 +249,10 @@ def check_configuration(family: str, config: Mapping[str, Any]) -> None:
     for key, neutral in _NEUTRAL[family].items():
         if config.get(key, neutral[0]) not in neutral:
             raise ValueError(f"the checkpoint's scheduler sets {key} = {config[key]!r}, which is not supported")
+    for key, (kinds, least) in _NUMBERS.items():
+        if key in config and not (type(config[key]) in kinds and least <= config[key] < 1e6):
+            told = "a number" if float in kinds else "a whole number"
+            raise ValueError(f"the checkpoint's scheduler sets {key} = {config[key]!r:.60}; give {told} from {least:g}")
 
 
 def vp_of(config: Mapping[str, Any]) -> VP:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .schedule import Floats
-from .table import Table, point_times
+from .table import Table, point_times, write_whole
 
 WEAK = 0.05  # share of an interval's weight below which a direction hardly counts
 WIDTH = 100  # columns of the text
@@ -92,7 +92,7 @@ def plot(table: Table, path: str | os.PathLike[str], name: str) -> None:
     axes.legend(loc="lower left", fontsize="small")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
-    _write(Path(path), buffer.getvalue())
+    write_whole(Path(path), buffer.getvalue())
 
 
 def _points(table: Table) -> Floats:
@@ -172,13 +172,3 @@ def _history(table: Table) -> list[str]:
 
 def _coefficients(row: Floats) -> str:
     return " ".join(f"{number:.6g}" for number in row)
-
-
-def _write(path: Path, data: bytes) -> None:
-    """To a temporary name beside it, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

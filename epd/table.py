@@ -5,10 +5,12 @@ Knows nothing of networks; `epd.solvers.epd` turns a table into a solver.
 
 import json
 import os
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,7 +113,7 @@ class Table:
         """dB by which its held-out pictures agree with converged ones, as `runtime fit` found; None: not measured."""
         held_out = (self.provenance or {}).get("held_out")
         psnr = held_out.get("psnr_db") if isinstance(held_out, Mapping) else None
-        return float(psnr) if isinstance(psnr, int | float) else None
+        return float(psnr) if _real(psnr) else None
 
     @property
     def _starts(self) -> int:
@@ -149,14 +151,8 @@ class Table:
         return cls.from_json(data, str(path))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a table file: to a temporary name beside it, then renamed, so no reader ever sees half of it."""
-        path = Path(path)
-        temporary = path.with_name(f".{os.getpid()}.tmp")  # short: the path's own name may be as long as a name can be
-        try:
-            temporary.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        """Write a table file, so that no reader ever sees half of it; OSError names it if it cannot be written."""
+        write_whole(Path(path), (json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n").encode())
 
     def _set(self, name: str, value: NDArray[np.float64]) -> None:
         value.setflags(write=False)
@@ -208,8 +204,7 @@ class Table:
         for name in ("family", "model", "grid"):
             _rule(isinstance(getattr(self, name), str | None), f"{name} must be a string")
         if self.guidance is not None:
-            real = isinstance(self.guidance, int | float) and not isinstance(self.guidance, bool)
-            _rule(real and 0 <= self.guidance < float("inf"), "guidance must be a finite number >= 0")
+            _rule(_real(self.guidance) and self.guidance >= 0, "guidance must be a finite number >= 0")
         _rule(isinstance(self.t5, bool | None), "t5 must be true or false")
         if self.size is not None:
             pair = isinstance(self.size, tuple | list) and len(self.size) == 2
@@ -237,6 +232,24 @@ def start_table(times: Any, k: int) -> Table:
     r = np.broadcast_to(np.arange(1, k + 1) / (k + 1), shape)
     midpoint = "geometric" if grid[-1] > 0 else "arithmetic"
     return Table(times=grid, r=r, w=np.full(shape, 1 / k), midpoint=midpoint, provenance={"made by": "start_table"})
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes to a temporary name beside `path`, then renames; OSError, with `path` as its file, leaves nothing."""
+    temporary = path.with_name(f".{os.getpid()}.tmp")  # short: the path's own name may be as long as a name can be
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    finally:
+        with suppress(OSError):  # such as that its folder is none, which has been told
+            temporary.unlink(missing_ok=True)
+
+
+def _real(value: Any) -> TypeGuard[int | float]:
+    """Whether it is a number that a float holds, which NaN and 10**400 are not."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _rule(holds: bool, text: str) -> None:

@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from runtime.bundle import BundleError
+from runtime.errors import BundleError
 from runtime.memory import peak_rss_bytes
 
 from . import ExportError, checkpoint, plan, targets, write

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import shapes
-from runtime.bundle import Source
+from runtime.facts import Source
 from runtime.parse import load_json
 
 from . import ExportError, architectures

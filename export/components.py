@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel, T5EncoderModel
 
-from runtime.bundle import Facts, Tensor
+from runtime.facts import Facts, Tensor
 
 from .checkpoint import part_of, read_config
 

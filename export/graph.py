@@ -1,13 +1,11 @@
-"""ONNX graphs: traced from a torch module, saved over one data file, their multiply-accumulates counted.
+"""ONNX graphs: traced from a torch module, saved over one data file.
 
 Knows nothing of Stable Diffusion.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from runtime.bundle import Tensor
+from runtime.facts import Tensor
 
 DATA = "model.onnx_data"  # the external data file, beside the graph
 INLINE = 1024  # bytes: smaller tensors stay in the graph
@@ -100,56 +98,3 @@ def declared(model: ir.Model) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         return Tensor(value.name, value.dtype.numpy().name, shape)
 
     return tuple(map(tensor, model.graph.inputs)), tuple(map(tensor, model.graph.outputs))
-
-
-def macs(model: ir.Model, axis: str) -> dict[str, int]:
-    """Multiply-accumulates of each Conv, MatMul, Gemm and Attention node, a dynamic axis `axis` taken as 1.
-
-    Of Attention the two products are counted, scores and their sum over values, without masks.
-    """
-    counts: dict[str, int] = {}
-    for node in model.graph:
-        if node.op_type in _COUNT:
-            counts[str(node.name)] = _COUNT[node.op_type](node, axis)
-    return counts
-
-
-def _shape(value: Any, axis: str) -> list[int]:
-    """Shape with the dynamic axis as 1; products such as `8*rows` are understood."""
-    if value.shape is None:
-        raise ValueError(f"{value.name} has no shape: its multiply-accumulates cannot be counted")
-    sizes = []
-    for size in value.shape:
-        factors = [1 if part == axis else int(part) for part in str(size).replace(" ", "").strip("()").split("*")]
-        sizes.append(_product(factors))
-    return sizes
-
-
-def _product(sizes: Sequence[int]) -> int:
-    return functools.reduce(operator.mul, sizes, 1)
-
-
-def _conv(node: Any, axis: str) -> int:
-    return _product(_shape(node.outputs[0], axis)) * _product(_shape(node.inputs[1], axis)[1:])
-
-
-def _matmul(node: Any, axis: str) -> int:
-    return _product(_shape(node.outputs[0], axis)) * _shape(node.inputs[0], axis)[-1]
-
-
-def _gemm(node: Any, axis: str) -> int:
-    transposed = "transA" in node.attributes and node.attributes["transA"].as_int()
-    return _product(_shape(node.outputs[0], axis)) * _shape(node.inputs[0], axis)[0 if transposed else 1]
-
-
-def _attention(node: Any, axis: str) -> int:
-    """Query (rows, heads, L, D) or (rows, L, heads D), key and value alike with S for L."""
-    query, key, value = (_shape(tensor, axis) for tensor in node.inputs[:3])
-    if len(query) == 3:
-        heads = node.attributes["q_num_heads"].as_int()
-        share = heads // node.attributes["kv_num_heads"].as_int()
-        return query[0] * query[1] * key[1] * (query[2] + value[2] * share)
-    return query[0] * query[1] * query[2] * key[2] * (query[3] + value[3])
-
-
-_COUNT = {"Conv": _conv, "MatMul": _matmul, "Gemm": _gemm, "Attention": _attention}

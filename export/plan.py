@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from runtime.bundle import BACKBONE, Defaults, Facts, describe
+from runtime.bundle import describe
+from runtime.facts import BACKBONE, Defaults, Facts
 from runtime.parse import load_json
 
 from . import ExportError
@@ -109,6 +110,11 @@ def _size(facts: Facts, backbone: dict[str, Any], options: Options) -> tuple[int
     latent = facts.latent
     trained = backbone.get("sample_size")
     sides = trained if isinstance(trained, list) and len(trained) == 2 else [trained, trained]
+    if facts.family == "sd3" and "sample_size" in backbone and type(trained) is not int:
+        raise ExportError(
+            f"{facts.name}: sample_size in transformer/config.json is {trained!r:.60}, diffusers builds no SD3 model "
+            "without a whole number there; write the latents' size, 128 for SD3-Medium"
+        )
     if None in (options.height, options.width) and not all(isinstance(side, int) for side in sides):
         raise ExportError(f"{facts.name}: names no picture size (sample_size is {trained}); give --height and --width")
     height = sides[0] * latent.factor if options.height is None else options.height

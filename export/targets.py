@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from runtime.bundle import BACKBONE
+from runtime.facts import BACKBONE
 
 from . import ExportError
 

@@ -93,7 +93,7 @@ def export(job: Job) -> dict[str, Any]:
 
 def _export_graph(job: Job, facts: Any, module: Any, rows: int | None) -> dict[str, int]:
     """Writes the graph of a row count, or of any (None), and its small twin; its multiply-accumulates for one row."""
-    from . import graph
+    from . import graph, macs
     from .components import ROWS
     from .plan import trial_size
 
@@ -109,12 +109,12 @@ def _export_graph(job: Job, facts: Any, module: Any, rows: int | None) -> dict[s
         )
     kinds = Counter(node.op_type for node in model.graph)
     _check_operators(job, kinds)
-    macs = {name: count // (rows or 1) for name, count in graph.macs(model, ROWS).items()}
     first, path = Path(job.folder) / GRAPH, _graph_file(job, GRAPH, rows)
     if path == first:
         graph.save(model, path)
     else:
         graph.save_sharing(model, path, first)
+    found = macs.count(path, ROWS, rows or 1)
     del model
     if small != agreed:
         model = graph.trace(module, small.inputs, small.outputs, small.samples(rows or 2), job.opset)
@@ -125,7 +125,7 @@ def _export_graph(job: Job, facts: Any, module: Any, rows: int | None) -> dict[s
                 "cannot be tried at the small size; this is a fault of the exporter"
             )
         graph.save_sharing(model, _graph_file(job, TRIAL, rows), first)
-    return macs
+    return found
 
 
 def _check_operators(job: Job, kinds: Counter[str]) -> None:
@@ -191,7 +191,8 @@ def _open(job: Job) -> tuple[Any, Any]:
     """Facts of the checkpoint and the component's torch module."""
     from safetensors import SafetensorError
 
-    from runtime.bundle import Source, describe
+    from runtime.bundle import describe
+    from runtime.facts import Source
 
     from .components import module
 

@@ -27,7 +27,8 @@ from typing import Any
 
 from epd import Table
 from epd.catalogue import SHIPPED
-from runtime.bundle import FILE, PROMPTS, TABLES, Component, Parity, Stored, Tensor, best_first, sha256, write_facts
+from runtime.bundle import PROMPTS, TABLES, best_first, sha256
+from runtime.facts import FILE, Component, Parity, Stored, Tensor, write_facts
 from runtime.parse import load_json
 
 from . import ExportError
@@ -262,8 +263,8 @@ def _fast_tokenizer(source: Path) -> str:
     """The tokenizer.json that transformers makes of a folder without one."""
     from transformers import AutoTokenizer
 
-    if (source / "vocab.json").exists():  # on a damaged one tokenizers raises Exception itself
-        load_json(source / "vocab.json")
+    if (source / "vocab.json").exists():
+        _check_pieces(source / "vocab.json", source / "merges.txt")
     try:
         text: str = AutoTokenizer.from_pretrained(source, use_fast=True).backend_tokenizer.to_str()
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -272,6 +273,22 @@ def _fast_tokenizer(source: Path) -> str:
             f"{source}: no tokenizer can be read from it ({line:.300}); download the checkpoint again"
         ) from error
     return text
+
+
+def _check_pieces(vocabulary: Path, merges: Path) -> None:
+    """ExportError for files that are no vocabulary or no merges over it: tokenizers raises Exception itself on them."""
+    numbers = load_json(vocabulary)
+    if not all(type(number) is int and 0 <= number < 2**32 for number in numbers.values()):
+        raise ExportError(f"{vocabulary}: damaged (a piece without a number); download the checkpoint again")
+    try:
+        text = merges.read_bytes().decode("utf-8") if merges.exists() else ""
+    except UnicodeDecodeError as error:
+        raise ExportError(f"{merges}: damaged ({error}); download the checkpoint again") from error
+    for line in text.removesuffix("\n").split("\n") if text else ():
+        pieces = line.removesuffix("\r").split(" ")
+        if line.startswith("#version") or (len(pieces) == 2 and {*pieces, "".join(pieces)} <= numbers.keys()):
+            continue
+        raise ExportError(f"{merges}: damaged at {line!a:.60}; download the checkpoint again")
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

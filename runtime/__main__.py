@@ -1,4 +1,4 @@
-"""python -m runtime generate|fit|solvers|inspect"""
+"""python -m runtime generate|fit|solvers|inspect|devices|doctor"""
 
 from __future__ import annotations
 
@@ -46,6 +46,8 @@ def carried_out(options: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from .devices import add_commands
+
     parser = argparse.ArgumentParser(prog="python -m runtime", description="Pictures from a bundle, without torch.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -85,8 +87,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     draw.add_argument("--calls", type=int, metavar="M", help="the bundle's best table of at most M sequential calls")
     draw.add_argument("-k", type=int, metavar="K", help="directions of epd without a table (default 2)")
-    draw.add_argument("--provider", default="cpu", metavar="NAME", help="ONNX Runtime execution provider (default cpu)")
+    draw.add_argument(
+        "--provider",
+        default="cpu",
+        metavar="NAME",
+        help="ONNX Runtime execution provider (default cpu), or several to divide the work among: webgpu,cpu",
+    )
     draw.add_argument("--provider-option", action="append", default=[], metavar="KEY=VALUE", help="may be repeated")
+    _add_fallback(draw)
+    draw.add_argument(
+        "--directions",
+        metavar="WAY",
+        help="how the K points of a step run: one batch, calls in turn, async (calls at once), spread over several "
+        "providers, or auto: the fastest here, measured once (default: auto if it was measured before, else batch)",
+    )
     draw.add_argument(
         "-o", "--output", type=_path, metavar="PNG", help="file, or folder (default: MODEL-SEED.png here)"
     )
@@ -104,7 +118,11 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument(
         "--verify", action="store_true", help="compare the SHA-256 of every file, load every graph and tokenizer"
     )
+    look.add_argument("--provider", metavar="NAME", help="load every graph on it and show where each operator runs")
+    look.add_argument("--provider-option", action="append", default=[], metavar="KEY=VALUE", help="may be repeated")
     look.add_argument("--json", action="store_true", help="print one object on stdout")
+
+    add_commands(commands)
     return parser
 
 
@@ -112,6 +130,25 @@ def _path(text: str) -> Path:
     if not text:  # which Path takes for the current folder
         raise argparse.ArgumentTypeError("is empty; give a path, or leave the option out")
     return Path(text)
+
+
+def _add_fallback(command: argparse.ArgumentParser) -> None:
+    either = command.add_mutually_exclusive_group()
+    either.add_argument(
+        "--strict",
+        dest="fallback",
+        action="store_const",
+        const="never",
+        default="limited",
+        help="every node of every component on the provider, or an error (default: 90 %% of the backbone's compute)",
+    )
+    either.add_argument(
+        "--allow-fallback",
+        dest="fallback",
+        action="store_const",
+        const="allowed",
+        help="what the provider cannot run may run on the CPU, however much; it is told",
+    )
 
 
 def _add_fit(commands: Any) -> None:
@@ -138,6 +175,7 @@ def _add_fit(commands: Any) -> None:
         "--provider", default="cpu", metavar="NAME", help="ONNX Runtime execution provider (default cpu)"
     )
     learn.add_argument("--provider-option", action="append", default=[], metavar="KEY=VALUE", help="may be repeated")
+    _add_fallback(learn)
     learn.add_argument(
         "--teacher",
         type=_path,
@@ -161,6 +199,8 @@ def _generate(options: argparse.Namespace) -> None:
         DEFAULT if options.model is None else options.model,
         provider=options.provider,
         provider_options=_pairs(options.provider_option),
+        fallback=options.fallback,
+        directions=options.directions,
     )
     if options.from_metadata is not None:
         asked = _recorded(options.from_metadata, pipe, asked) | asked
@@ -173,6 +213,8 @@ def _generate(options: argparse.Namespace) -> None:
     result = _draw(pipe, plan)
     for file, image, seed in zip(files, result.images, plan.seeds, strict=True):
         png.save(image, file, _parameters(pipe.bundle, result, seed))
+    if (placed := pipe.assignment) is not None and placed.share == 1:  # else it was told by a warning
+        print(placed, file=sys.stderr)
     paths = [str(file) for file in files]
     if options.json:
         print(json.dumps({"images": paths} | asdict(result.report)))
@@ -274,18 +316,20 @@ def _refuse(message: str) -> NoReturn:
 
 def _fit(options: argparse.Namespace) -> None:
     from . import png
-    from .fit import Order, fit_bundle, read_prompts
+    from .fit import fit_bundle
+    from .order import Order, read_prompts
     from .pipeline import DEFAULT, Pipeline
 
     pipe = Pipeline.from_pretrained(
         DEFAULT if options.model is None else options.model,
         provider=options.provider,
         provider_options=_pairs(options.provider_option),
+        fallback=options.fallback,
     )
-    if options.install and pipe.bundle.foreign:
-        _refuse(f"{pipe.bundle.folder}: no bundle.json to install a table in; leave --install out")
     if options.n is not None and options.n < 1:
         _refuse(f"-n must be 1 or more, got {options.n}")
+    if "," in options.provider:
+        _refuse(f"fitting runs on one provider; give one of {options.provider}")
     calls = options.n + 1 if options.n is not None else 6 if options.calls is None else options.calls
     order = Order(
         prompts=read_prompts(options.prompts, pipe.bundle.folder),
@@ -299,6 +343,8 @@ def _fit(options: argparse.Namespace) -> None:
     )
     output = options.output or Path(f"{pipe.bundle.facts.name}-k{options.k}-calls{calls}.json")
     png.check_writable(output, ".json")
+    if options.install:
+        pipe.bundle.check_install(output.name)
     teacher = Pipeline.from_pretrained(options.teacher) if options.teacher is not None else None
     table, judgement = fit_bundle(pipe, order, output, options.work, teacher)
     if options.install:
@@ -322,17 +368,22 @@ def _inspect(options: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from .bundle import Bundle
-    from .inspect import describe, verify
+    from .inspect import assignments, describe, describe_assignments, verify
     from .pipeline import DEFAULT, find
 
     bundle = Bundle.open(find(DEFAULT if options.folder is None else options.folder))
     if options.verify:
         verify(bundle)
+    if options.provider_option and options.provider is None:
+        _refuse("--provider-option needs --provider NAME")
+    placed = assignments(bundle, options.provider, _pairs(options.provider_option)) if options.provider else []
     if options.json:
-        facts = asdict(bundle.facts)
-        print(json.dumps({"folder": str(bundle.folder), "foreign": bundle.foreign, "verified": options.verify} | facts))
+        told = {"folder": str(bundle.folder), "foreign": bundle.foreign, "verified": options.verify}
+        print(json.dumps(told | asdict(bundle.facts) | ({"assignments": list(map(asdict, placed))} if placed else {})))
     else:
         print(describe(bundle, verified=options.verify))
+        if placed:
+            print(describe_assignments(placed, bundle.backbone))
 
 
 if __name__ == "__main__":

@@ -10,146 +10,43 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import epd
 
-from .errors import BundleError as BundleError
+from .errors import BundleError
+from .facts import (
+    BACKBONE,
+    FILE,
+    Component,
+    Defaults,
+    Facts,
+    Family,
+    Latent,
+    Source,
+    Stored,
+    Text,
+    check_inside,
+    check_name,
+    check_numbers,
+    read_facts,
+    whole,
+    write_facts,
+)
 from .parse import load_json, parse
 
-FORMAT = 1
 PROMPTS = "prompts.txt"  # of a bundle or checkpoint: what its model is told, to fit tables with
 TABLES = "tables"  # folder of the solver tables that belong to a bundle
-FILE = "bundle.json"
-
-Family = Literal["sd3", "sd15"]
 _FAMILIES: dict[str, Family] = {"StableDiffusion3Pipeline": "sd3", "StableDiffusionPipeline": "sd15"}
-BACKBONE: dict[Family, str] = {"sd3": "transformer", "sd15": "unet"}
-REQUIRED: dict[Family, tuple[str, ...]] = {
-    "sd3": ("text_encoder", "text_encoder_2", "transformer", "vae_decoder"),
-    "sd15": ("text_encoder", "unet", "vae_decoder"),
-}
 # Where a checkpoint says nothing: what diffusers and Optimum draw with by default.
 _STEPS: dict[Family, int] = {"sd3": 28, "sd15": 50}
 _GUIDANCE: dict[Family, float] = {"sd3": 7.0, "sd15": 7.5}
 _T5_TOKENS = 256
 _CLIP_TOKENS = 77  # positions that CLIP's text encoders have
-_MOST = 2**20  # of any whole number below: more is a damaged file
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A declared graph input or output."""
-
-    name: str
-    dtype: str  # numpy's name: float32, float16, int64, ...
-    shape: tuple[int | str, ...]  # a string names a dynamic axis
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A file of the bundle."""
-
-    path: str  # relative to the bundle, forward slashes
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Parity:
-    """Largest difference from torch over the component's outputs, relative to each output's largest magnitude."""
-
-    rows: tuple[int, ...]  # the row counts tried, each with a different timestep per row where there is one
-    error: float
-    tolerance: float  # above it the export fails
-
-
-@dataclass(frozen=True)
-class Component:
-    """One network: its graphs and their data, what it was exported as, what it takes and gives.
-
-    One graph takes any number of rows, or there is one graph per row count, all over the data file of the first:
-    `model.onnx` has `rows[0]` rows, `model_rows4.onnx` beside it 4.
-    """
-
-    graph: str  # path of the .onnx file, relative to the bundle; of the first where there are several
-    files: tuple[Stored, ...]
-    precision: str  # fp32 | fp16
-    opset: int
-    inputs: tuple[Tensor, ...]  # the first axis is named, also where the graphs fix it: see `rows`
-    outputs: tuple[Tensor, ...]
-    parity: Parity | None = None  # None: exported with the check switched off, or not by us
-    rows: tuple[int, ...] = ()  # row counts of static graphs, one graph each; empty: the row axis is dynamic
-    macs: Mapping[str, int] = field(default_factory=dict)  # node name -> multiply-accumulates for one row
-
-    def graph_of(self, rows: int) -> str:
-        """Path of the static graph of so many rows, one of `self.rows`, relative to the bundle."""
-        return self.graph if rows == self.rows[0] else f"{self.graph.removesuffix('.onnx')}_rows{rows}.onnx"
-
-
-@dataclass(frozen=True)
-class Latent:
-    """The latent space. A picture of height x width has (channels, height / factor, width / factor) latents."""
-
-    channels: int
-    factor: int  # pixels per latent, each axis
-    patch: int  # latents per token of the backbone, each axis (1 for a UNet)
-    scaling: float  # latent = (vae - shift) * scaling
-    shift: float
-    down: int = 1  # the backbone halves its latents this many times over: sizes must divide by factor * patch * down
-
-
-@dataclass(frozen=True)
-class Text:
-    """How prompts become conditioning."""
-
-    clip_tokens: int
-    t5_tokens: int = 0  # SD3: T5's tokens, zero vectors where there is no T5
-    joint_width: int = 0  # SD3: width of a conditioning token, to which CLIP's are zero-padded
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """What `generate` does when told nothing."""
-
-    height: int | None  # pixels; None: any size
-    width: int | None
-    guidance: float
-    steps: int
-    solver: str = "euler"
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where the weights came from."""
-
-    id: str
-    revision: str | None = None
-    random_weights: bool = False  # True: an architecture without its training; its pictures mean nothing
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What `bundle.json` holds, beside its format version."""
-
-    family: Family
-    name: str
-    source: Source
-    prediction: Literal["epsilon", "flow"]
-    schedule: Mapping[str, Any]  # the scheduler's configuration, as diffusers writes it
-    latent: Latent
-    text: Text
-    defaults: Defaults
-    components: Mapping[str, Component] = field(default_factory=dict)
-    files: tuple[Stored, ...] = ()  # every other file: configurations, tokenizers, prompts; not tables
-    tables: tuple[
-        str, ...
-    ] = ()  # solver tables that belong to it, paths relative to the bundle; the first is the default
-    exported_by: Mapping[str, str] = field(default_factory=dict)  # package -> version
-    target: str = "cpu"  # what it was exported for, a key of export.targets.TARGETS
 
 
 @dataclass(frozen=True)
@@ -216,7 +113,7 @@ class Bundle:
         """Height and width in pixels that the backbone's configuration names, which diffusers draws by default."""
         size = _config(self.folder, f"{self.backbone}/config.json").get("sample_size")
         sides = size if isinstance(size, list) else [size, size]
-        if len(sides) != 2 or not all(side is None or _whole(side) for side in sides):
+        if len(sides) != 2 or not all(side is None or whole(side) for side in sides):
             raise BundleError(f"{self.folder}: {self.backbone}/config.json: sample_size is {size!r:.60}; give pixels")
         height, width = (side and side * self.facts.latent.factor for side in sides)
         return height, width
@@ -249,18 +146,31 @@ class Bundle:
         content = {key: value for key, value in load_json(self.folder / FILE).items() if key != "tables"}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
+    def check_install(self, name: str) -> None:
+        """Raises BundleError where `install` could put no table of this name; called before the work of making one."""
+        if self.foreign:
+            raise BundleError(f"{self.folder}: no {FILE} to install a table in; export it with `python -m export`")
+        check_inside(self.folder, f"{TABLES}/{name}")
+        try:
+            for folder in (self.folder, self.folder / TABLES):
+                if folder.exists():
+                    with tempfile.TemporaryFile(dir=folder):
+                        pass
+        except OSError as error:
+            raise BundleError(
+                f"{self.folder}: cannot be written ({error.strerror}); leave --install out, or copy the bundle"
+            ) from None
+
     def install(self, table: epd.Table, name: str) -> None:
         """Makes a table one of this bundle's, in place of an older one of that name; the closest is its default.
 
         Raises
         ------
         BundleError
-            The folder has no bundle.json, or the name cannot be one of a file in it.
+            The folder has no bundle.json or cannot be written, or the name cannot be one of a file in it.
         """
-        if self.foreign:
-            raise BundleError(f"{self.folder}: no {FILE} to install a table in; export it with `python -m export`")
+        self.check_install(name)
         path = f"{TABLES}/{name}"
-        _check_inside(self.folder, path)
         (self.folder / TABLES).mkdir(exist_ok=True)
         table.save(self.folder / path)
         facts = read_facts(self.folder / FILE)  # as it is now: another may have been installed since
@@ -301,8 +211,8 @@ def describe(
             "give a whole diffusers folder"
         ) from None
     checked: Facts = parse(Facts, json.loads(json.dumps(asdict(facts))), folder)
-    _check_name(folder, name)
-    _check_numbers(folder, checked)
+    check_name(folder, name)
+    check_numbers(folder, checked)
     return checked
 
 
@@ -350,41 +260,6 @@ def family_of(folder: Path) -> Family:
     return _FAMILIES[kind]
 
 
-def read_facts(file: Path) -> Facts:
-    """Reads and validates a bundle.json; BundleError names the field that is wrong."""
-    content = load_json(file)
-    if content.get("format") != FORMAT:
-        raise BundleError(
-            f"{file}: format {content.get('format')!r}, this program reads {FORMAT}; "
-            "export again, or use the version that wrote it"
-        )
-    content = {key: value for key, value in content.items() if key != "format"}
-    facts: Facts = parse(Facts, content, file)
-    parts = facts.components.values()
-    for name, part in facts.components.items():
-        listed = {one.path for one in part.files}
-        if any(not _whole(rows) or part.graph_of(rows) not in listed for rows in part.rows):
-            raise BundleError(
-                f"{file}: components.{name}.rows is {list(part.rows)}, but not all of these graphs are there"
-            )
-    stored = [*(one for part in parts for one in part.files), *facts.files]
-    for path in (*(part.graph for part in parts), *(one.path for one in stored), *facts.tables):
-        _check_inside(file, path)
-    _check_name(file, facts.name)
-    _check_numbers(file, facts)
-    return facts
-
-
-def write_facts(folder: Path, facts: Facts) -> None:
-    """Writes bundle.json, to a temporary name first."""
-    partial = folder / (FILE + ".partial")
-    content = {"format": FORMAT} | asdict(facts)
-    if facts.target == "cpu":  # the default; programs older than targets read the bundle too
-        del content["target"]
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, folder / FILE)
-
-
 def best_first(tables: Mapping[str, epd.Table]) -> tuple[str, ...]:
     """Names of tables, the closest to converged pictures first (`Table.held_out_psnr`), then those never measured."""
     return tuple(sorted(tables, key=lambda name: (-(tables[name].held_out_psnr or 0.0), name)))
@@ -416,50 +291,3 @@ def _config(folder: Path, *candidates: str) -> dict[str, Any]:
         if (folder / candidate).is_file():
             return load_json(folder / candidate)
     raise BundleError(f"{folder}: {candidates[0]} is missing; give a whole diffusers folder")
-
-
-def _check_numbers(file: Path, facts: Facts) -> None:
-    """Ranges of the numbers that the runtime counts with, and the kind of those in the schedule."""
-    latent, text, defaults, schedule = facts.latent, facts.text, facts.defaults, facts.schedule
-    sd3 = facts.family == "sd3"
-    sizes = {f"latent.{name}": getattr(latent, name) for name in ("channels", "factor", "patch", "down")}
-    sizes |= {f"defaults.{name}": getattr(defaults, name) for name in ("height", "width", "steps")}
-    train_steps, offset = schedule.get("num_train_timesteps", 1000), schedule.get("steps_offset", 0)
-    shift = schedule.get("shift", 1.0) if sd3 else 1.0
-    checks = [(name, value, value is None or _whole(value)) for name, value in sizes.items()]
-    checks += [
-        ("latent.scaling", latent.scaling, _number(latent.scaling) and latent.scaling > 0),
-        ("latent.shift", latent.shift, _number(latent.shift)),
-        ("text.clip_tokens", text.clip_tokens, _whole(text.clip_tokens, 2)),  # the first and the last are its own
-        ("text.t5_tokens", text.t5_tokens, _whole(text.t5_tokens, 0)),
-        ("text.joint_width", text.joint_width, _whole(text.joint_width, 1 if sd3 else 0)),
-        ("defaults.guidance", defaults.guidance, _number(defaults.guidance)),
-        ("schedule.num_train_timesteps", train_steps, _whole(train_steps)),
-        ("schedule.steps_offset", offset, _whole(offset, 0)),
-        ("schedule.shift", shift, _number(shift) and shift > 0),
-    ]
-    betas = () if sd3 else ("beta_start", "beta_end")
-    checks += [(f"schedule.{name}", schedule[name], _number(schedule[name])) for name in betas if name in schedule]
-    for name, value, fits in checks:
-        if not fits:
-            raise BundleError(f"{file}: {name} is {value!r:.60}, out of its range; export or copy the bundle again")
-
-
-def _whole(value: Any, least: int = 1) -> bool:
-    return type(value) is int and least <= value <= _MOST
-
-
-def _number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= _MOST  # which NaN is not
-
-
-def _check_name(file: Path, name: str) -> None:
-    """A bundle's name begins those of the files made with it, and stands in them."""
-    if not name.isprintable() or set(name) & set('/\\:*?"<>|') or name.strip(" .") != name or not 0 < len(name) <= 100:
-        raise BundleError(f"{file}: the name {name!a:.60} is not one plain file name; give it another")
-
-
-def _check_inside(file: Path, path: str) -> None:
-    pure = PurePosixPath(path)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in path or ":" in path:
-        raise BundleError(f"{file}: the path {path!r} leads out of the bundle")

@@ -17,7 +17,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -31,67 +31,20 @@ from epd import catalogue
 from epd.fit import Design, Trajectories, decibels, fit, search, teach
 from epd.solve import Slope
 
-from .bundle import PROMPTS
+from .designs import SHIFTS, described, moves, starts
 from .errors import NotFiniteError, RequestError
 from .judge import Judgement, competitors, curve, judge
 from .noise import randn
+from .order import Group, Order, groups
 from .pipeline import Pipeline
 from .png import version
 from .slopes import Slopes
 
 Array = NDArray[np.float64]
-SHIFTS = {"sd3": (2.0, 3.0, 1.5), "sd15": (1.0, 0.6, 1.6)}  # of the grids to try first
 _BATCH = 1 << 16  # latent entries in one request, guidance and directions counted, at most (one image at least)
 _GROUP = 16  # images in one request, at most
-_LAST = 0.9  # position of a last point where the grid ends at 0: no slope is asked there
 _REFINED = 4  # halvings of a teacher's last interval that ends at 0
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Order:
-    """What is to be fitted. The same order on the same bundle gives the same table."""
-
-    prompts: tuple[str, ...]  # at least 4: half to learn from, a quarter to choose by, a quarter to judge by
-    calls: int = 6  # sequential calls of the table: N + 1
-    directions: int = 2  # K
-    guidance: tuple[float, ...] = ()  # scales; more than one: a table for all of them; none: the bundle's own
-    trajectories: int = 16  # to learn from; half as many each to choose and to judge by
-    teacher_calls: int = 120  # of a converged trajectory
-    candidates: int = 24  # designs tried, at most
-    seed: int = 100_000  # of the first start noise
-
-    def check(self) -> None:
-        """Raises RequestError for the first thing that cannot be."""
-        for holds, text in (
-            (self.calls >= 2, f"--calls must be 2 or more, got {self.calls}"),
-            (self.directions >= 1, f"-k must be 1 or more, got {self.directions}"),
-            (self.trajectories >= 2, f"--trajectories must be 2 or more, got {self.trajectories}"),
-            (self.candidates >= 1, f"--candidates must be 1 or more, got {self.candidates}"),
-            (
-                self.teacher_calls >= 8 * self.calls,
-                f"--teacher-calls must be 8 times --calls or more, got {self.teacher_calls}; give {8 * self.calls}",
-            ),
-            (len(self.prompts) >= 4, f"fitting needs 4 prompts or more, one a line, got {len(self.prompts)}"),
-            (all(math.isfinite(scale) for scale in self.guidance), "guidance scales must be finite numbers"),
-            (self.seed >= 0, f"--seed must be 0 or more, got {self.seed}"),
-            (
-                self.trajectories // 2 >= len(self.guidance),
-                f"{len(self.guidance)} guidance scales need --trajectories {2 * len(self.guidance)} or more",
-            ),
-        ):
-            if not holds:
-                raise RequestError(text)
-
-
-@dataclass(frozen=True)
-class Group:
-    """Images that go through the network together: one guidance scale, a prompt and a seed each."""
-
-    role: str  # learn | choose | judge
-    guidance: float
-    prompts: tuple[str, ...]
-    seeds: tuple[int, ...]
 
 
 Told = Callable[[str], None]  # one line of news
@@ -131,7 +84,7 @@ class Fitting:
         self.shape = (facts.latent.channels, height // facts.latent.factor, width // facts.latent.factor)
         self.scales = order.guidance or (facts.defaults.guidance,)
         rows = 2 * order.directions * math.prod(self.shape)
-        self.groups = _groups(order, self.scales, max(1, min(_GROUP, _BATCH // rows)))
+        self.groups = groups(order, self.scales, max(1, min(_GROUP, _BATCH // rows)))
         self._slopes: dict[tuple[bool, Group], Slopes] = {}
         self._kept: set[Path] = set()
 
@@ -140,7 +93,7 @@ class Fitting:
         order, intervals = self.order, self.order.calls - 1
         rows: dict[str, int] = {"learn": 0, "choose": 0, "judge": 0}
         for group in self.groups:
-            rows[group.role] += _rows(group)
+            rows[group.role] += group.rows
         candidate = 1 + intervals * order.directions
         total = sum(rows.values()) * self._requests()
         total += (rows["learn"] + rows["choose"]) * (order.candidates + 1) * candidate
@@ -154,7 +107,7 @@ class Fitting:
         slope(points)
         seconds = time.perf_counter() - started
         images = sum(len(group.seeds) for group in self.groups)
-        return total, total * seconds / _rows(group), 8 * images * len(self._fine()) * math.prod(self.shape)
+        return total, total * seconds / group.rows, 8 * images * len(self._fine()) * math.prod(self.shape)
 
     def run(self, told: Told = lambda line: None) -> tuple[epd.Table, Judgement]:
         """The best table found, and how it does on images that nothing was chosen by.
@@ -183,23 +136,18 @@ class Fitting:
         teacher = _joined([self._taught(group) for group in (*learn, *choose)])
         count = sum(len(group.seeds) for group in learn)
         slope = self._slope([*learn, *choose])
+        first = starts(self.pipe.bundle.facts, self.order.calls - 1, self.order.directions)
         best: Design | None = None
         score = partial(self._score, slope, teacher, count)
-        for design, decibel in search(score, self._starts(), _moves, self.order.candidates):
+        for design, decibel in search(score, first, moves, self.order.candidates):
             best = design
-            told(f"{decibel:6.2f} dB  {_described(design)}")
+            told(f"{decibel:6.2f} dB  {described(design)}")
         assert best is not None  # there is always a first candidate
         table, _ = fit(best, slope, teacher, count)
         reference = _joined([self._taught(group) for group in held])
         noise = np.concatenate([self._start(group) for group in held]) / reference.times[0]
         fine = self._fine().tolist()
         return table, best, judge(self.pipe, table, self._slope(held), noise, reference, fine)
-
-    def _starts(self) -> list[Design]:
-        facts, k = self.pipe.bundle.facts, self.order.directions
-        patterns = [[(j + 0.5) / k for j in range(k)], [(j + 1) / k for j in range(k)]]
-        grids = [curve(facts, self.order.calls - 1, shift) for shift in SHIFTS[facts.family]]
-        return [_design(grid, pattern) for grid in grids for pattern in patterns]
 
     def _fine(self) -> NDArray[np.float64]:
         """The teacher's grid: an interval for every two calls."""
@@ -258,7 +206,7 @@ class Fitting:
             with _written(file) as whole:
                 np.savez(whole, times=found.times, x=found.x, d=found.d)
         else:
-            self.ticked(_rows(group) * self._requests())
+            self.ticked(group.rows * self._requests())
         return found
 
     def _score(self, slope: Slope, teacher: Trajectories, learn: int, design: Design) -> float:
@@ -280,7 +228,7 @@ class Fitting:
 
     def _file(self, kind: str, of: Any, suffix: str) -> Path:
         """Where something is kept: named by everything it depends on."""
-        told = [of, version(), [(_identity(pipe), pipe.provider, pipe.options) for pipe in (self.pipe, self.teacher)]]
+        told = [of, version(), [(pipe.identity(), pipe.provider, pipe.options) for pipe in (self.pipe, self.teacher)]]
         name = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:24]
         file = self.work / f"{kind}-{name}{suffix}"
         self._kept.add(file)
@@ -354,20 +302,10 @@ def _written(file: Path) -> Iterator[IO[bytes]]:
         with partial_file.open("wb") as opened:
             yield opened
         os.replace(partial_file, file)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(file)) from error
     finally:
         partial_file.unlink(missing_ok=True)
-
-
-def _identity(pipe: Pipeline) -> str:
-    """Of the weights: the bundle's, or the sizes and times of a foreign folder's files."""
-    bundle = pipe.bundle
-    files = sorted(bundle.folder.glob("*/*.onnx*")) if bundle.foreign else []
-    return bundle.fingerprint() or repr([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
-
-
-def _rows(group: Group) -> int:
-    """Rows of the network that one point of every image takes."""
-    return len(group.seeds) * (2 if group.guidance > 1 else 1)
 
 
 def _long(seconds: float) -> str:
@@ -376,83 +314,9 @@ def _long(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def read_prompts(file: Path | None, bundle_folder: Path) -> tuple[str, ...]:
-    """Prompts, one a line, each once: of a file, else of the bundle, else those that come with this package.
-
-    Raises
-    ------
-    RequestError
-        The file cannot be read as UTF-8 text.
-    """
-    own = bundle_folder / PROMPTS
-    chosen = file or (own if own.is_file() else Path(__file__).with_name(PROMPTS))
-    try:
-        lines = chosen.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise RequestError(f"{chosen}: {error.strerror}; give a text file with a prompt a line") from None
-    except UnicodeDecodeError:
-        raise RequestError(f"{chosen}: not UTF-8 text; give a text file with a prompt a line") from None
-    return tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
-
-
-def _groups(order: Order, scales: tuple[float, ...], size: int) -> list[Group]:
-    """All images in groups of one role and guidance scale; no prompt and no seed has two roles."""
-    half, quarter = len(order.prompts) // 2, len(order.prompts) // 4
-    prompts = {
-        "learn": order.prompts[:half],
-        "choose": order.prompts[half : half + quarter],
-        "judge": order.prompts[half + quarter :],
-    }
-    few = max(2, order.trajectories // 2)
-    groups, seed = [], order.seed
-    for role, count in (("learn", order.trajectories), ("choose", few), ("judge", few)):
-        for place, scale in enumerate(scales):
-            mine = list(range(place, count, len(scales)))  # scales take turns
-            for start in range(0, len(mine), size):
-                part = mine[start : start + size]
-                own = prompts[role]
-                groups.append(Group(role, scale, tuple(own[i % len(own)] for i in part), tuple(seed + i for i in part)))
-        seed += count
-    return groups
-
-
 def _joined(parts: list[Trajectories]) -> Trajectories:
     if len(parts) == 1:
         return parts[0]
     return Trajectories(
         parts[0].times, np.concatenate([part.x for part in parts], 1), np.concatenate([part.d for part in parts], 1)
     )
-
-
-def _design(grid: Sequence[float], pattern: Sequence[float]) -> Design:
-    rows = [tuple(pattern)] * (len(grid) - 1)
-    if grid[-1] == 0:
-        rows[-1] = tuple(min(r, _LAST) for r in pattern)
-    return Design(tuple(grid), tuple(rows), place=4, carry=4, ridge=1e-4)
-
-
-def _moves(design: Design) -> Iterator[Design]:
-    """Neighbours: more or less memory and ridge, a time moved by a quarter of its interval, a point moved by 0.15."""
-    yield replace(design, ridge=design.ridge / 10)
-    yield replace(design, carry=design.carry + 2)
-    yield replace(design, ridge=design.ridge * 10)
-    yield replace(design, place=design.place + 1)
-    yield replace(design, place=max(1, design.place - 1))
-    yield replace(design, carry=max(0, design.carry - 2))
-    for i in reversed(range(1, len(design.r))):
-        before, at, after = design.times[i - 1 : i + 2]
-        for moved in (at + (before - at) / 4, at + (after - at) / 4):
-            yield replace(design, times=(*design.times[:i], moved, *design.times[i + 1 :]))
-    for i in reversed(range(len(design.r))):
-        last = _LAST if design.times[i + 1] == 0 else 1.0
-        for k, r in enumerate(design.r[i]):
-            for moved in (r - 0.15, r + 0.15):
-                if 0.05 <= moved <= last:
-                    row = (*design.r[i][:k], round(moved, 4), *design.r[i][k + 1 :])
-                    yield replace(design, r=(*design.r[:i], row, *design.r[i + 1 :]))
-
-
-def _described(design: Design) -> str:
-    times = " ".join(f"{t:.3g}" for t in design.times)
-    points = " ".join(",".join(f"{r:.2g}" for r in row) for row in design.r)
-    return f"times {times}; points {points}; place {design.place}, carry {design.carry}, ridge {design.ridge:.0e}"

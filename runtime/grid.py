@@ -8,8 +8,8 @@ from __future__ import annotations
 import epd
 from epd.solvers import METHODS
 
-from .bundle import Facts
 from .errors import RequestError
+from .facts import Facts
 from .slopes import variance_preserving
 
 

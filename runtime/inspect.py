@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from epd.solvers import METHODS
 
-from .bundle import Bundle, Component, Family
+from .assignment import Assignment
+from .bundle import Bundle
+from .errors import ProviderError
+from .facts import Component, Family
 from .session import Session
 from .tables import load_table
 from .text import check_tokenizers
@@ -28,6 +32,33 @@ def verify(bundle: Bundle) -> None:
     check_tokenizers(bundle)
     for path in bundle.facts.tables:
         load_table(bundle.folder / path)
+
+
+def assignments(bundle: Bundle, provider: str, options: Mapping[str, str]) -> list[Assignment]:
+    """Where every component's nodes run on a provider, whatever part of them falls back; loads every graph.
+
+    Raises
+    ------
+    BundleError, ProviderError
+        Also where onnxruntime, older than 1.24, cannot tell.
+    """
+    placed = []
+    for name in bundle.facts.components:
+        with Session(bundle, name, provider=provider, provider_options=options, fallback="allowed") as session:
+            if session.assignment is None:
+                raise ProviderError("this onnxruntime cannot tell where nodes run; install 1.24 or a newer one")
+            placed.append(session.assignment)
+    return placed
+
+
+def describe_assignments(placed: list[Assignment], backbone: str) -> str:
+    """A table by operator and provider for each component, and whether `generate` would take the backbone so."""
+    lines = []
+    for one in placed:
+        lines.append(one.table())
+        if one.component == backbone and not one.fits("limited"):
+            lines.append("  too much falls back: `generate` refuses this without --allow-fallback")
+    return "\n".join(lines)
 
 
 def describe(bundle: Bundle, *, verified: bool) -> str:

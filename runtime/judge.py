@@ -18,8 +18,8 @@ from epd.fit import Trajectories, decibels
 from epd.solve import Slope, Solver
 from epd.solvers import METHODS
 
-from .bundle import Facts
 from .errors import RequestError
+from .facts import Facts
 from .grid import own_grid
 from .interval import interval
 from .pipeline import Pipeline

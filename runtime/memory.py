@@ -1,4 +1,4 @@
-"""Memory of this process, from the operating system alone."""
+"""Memory of this process and of the machine, from the operating system alone."""
 
 from __future__ import annotations
 
@@ -20,6 +20,26 @@ if sys.platform == "win32":
         kernel.K32GetProcessMemoryInfo.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint32)
         read = kernel.K32GetProcessMemoryInfo(kernel.GetCurrentProcess(), ctypes.byref(counters), counters.size)
         return int(counters.sizes[0]) if read else None
+
+    def _free_physical() -> int | None:
+        """ullAvailPhys of MEMORYSTATUSEX: two 32-bit numbers, then seven of 64 bits, it second."""
+        import ctypes
+
+        class Status(ctypes.Structure):
+            _fields_ = (("length", ctypes.c_uint32), ("load", ctypes.c_uint32), ("sizes", ctypes.c_uint64 * 7))
+
+        status = Status(length=ctypes.sizeof(Status))
+        read = ctypes.WinDLL("kernel32").GlobalMemoryStatusEx(ctypes.byref(status))
+        return int(status.sizes[1]) if read else None
+
+
+def available_bytes() -> int | None:
+    """Memory that a new program could take without swapping; None where the system does not tell."""
+    if sys.platform == "win32":
+        return _free_physical()
+    status = Path("/proc/meminfo")
+    lines = status.read_text(encoding="utf-8").splitlines() if status.is_file() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def peak_rss_bytes() -> int | None:

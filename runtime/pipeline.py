@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,13 +23,18 @@ from PIL import Image
 
 import epd
 
-from .bundle import REQUIRED, Bundle
+from .assignment import Assignment, Fallback, fallback_of, summary
+from .bundle import Bundle
+from .directions import Directions, Profile, check, machine, settle
 from .errors import NotFiniteError, RequestError
+from .facts import REQUIRED
 from .memory import peak_rss_bytes
 from .noise import Stream
+from .ort import onnxruntime
 from .plan import Plan, make_plan
-from .session import Session, provider_name
-from .slopes import Directions, Slopes, directions_of
+from .providers import check_options, provider_of
+from .session import Session
+from .slopes import Slopes, directions_of
 from .text import conditioning
 
 BUILT_IN = Path(__file__).parent / "bundles"  # package data
@@ -50,9 +54,9 @@ class Report:
     total_evaluations: int  # points answered, per image
     guided_forwards: int  # rows the backbone really evaluated, all images
     guidance_interval: tuple[float, float] | None  # sigma; None: guided everywhere, or nowhere
-    provider: Mapping[str, Any]  # asked, ran, nodes per provider (None: not known), fallbacks
+    provider: Mapping[str, Any]  # asked, ran, nodes, macs_share, fallbacks: see `assignment.summary`
     directions: Directions
-    seconds: Mapping[str, float]  # load, compile, encode, denoise, decode, total, per_call
+    seconds: Mapping[str, float]  # load, compile, encode, [measure,] denoise, decode, total, per_call
     peak_rss_bytes: int | None  # of this process so far; None where the system does not tell
     bundle: Mapping[str, str | None]  # name, sha256 of bundle.json
 
@@ -67,7 +71,17 @@ class Result:
 
 
 class Pipeline:
-    """A bundle ready to draw. Sessions are loaded when first needed; text encoders are released before denoising."""
+    """A bundle ready to draw. Sessions are loaded when first needed; text encoders are released before denoising.
+
+    Parameters
+    ----------
+    provider : str
+        Or several, as in "webgpu,cpu": the backbone is loaded on each and its work divided; all else is the first's,
+        and so are the `provider_options`.
+    directions : "auto" | "batch" | "calls" | "async" | "spread", optional
+        How the points of a request are run. auto: whatever is fastest here, measured once and kept. None: the same
+        if it was measured before; else spread for several providers, one batch for one.
+    """
 
     def __init__(
         self,
@@ -76,12 +90,18 @@ class Pipeline:
         provider: str = "cpu",
         provider_options: Mapping[str, str] | None = None,
         session_options: Any = None,
+        fallback: Fallback = "limited",
+        directions: str | None = None,
     ) -> None:
         bundle.require(*REQUIRED[bundle.facts.family])
-        provider_name(provider)  # a wrong name is told now, not at the first load
-        self.bundle, self.provider = bundle, provider
-        self.options = dict(provider_options or {})  # of the provider
+        rows = [provider_of(one.strip()) for one in provider.split(",")]  # a wrong one is told now
+        check_options(rows[0], provider_options or {})
+        check(directions, len(rows))
+        self._providers = [row.ort for row in rows]
+        self.bundle, self.provider, self.directions = bundle, provider, directions
+        self.options = dict(provider_options or {})  # of the first provider
         self._options = {"provider_options": provider_options, "session_options": session_options}
+        self._fallback = fallback_of(fallback)
         self._sessions: dict[str, Session] = {}
 
     @classmethod
@@ -92,17 +112,26 @@ class Pipeline:
         provider: str = "cpu",
         provider_options: Mapping[str, str] | None = None,
         session_options: Any = None,
+        fallback: Fallback = "limited",
+        directions: str | None = None,
     ) -> Pipeline:
         """Opens a bundle: a folder, or the name of one that ships with this package.
 
         Raises
         ------
-        BundleError, ProviderError
+        BundleError, ProviderError, RequestError
         """
         bundle = Bundle.open(find(model))
         if bundle.facts.source.random_weights:
             log.warning("%s has RANDOM WEIGHTS: its pictures mean nothing, only its speed does", bundle.facts.name)
-        return cls(bundle, provider=provider, provider_options=provider_options, session_options=session_options)
+        return cls(
+            bundle,
+            provider=provider,
+            provider_options=provider_options,
+            session_options=session_options,
+            fallback=fallback,
+            directions=directions,
+        )
 
     def plan(self, prompt: str, **asked: Any) -> Plan:
         """What a call with the same arguments would do, without doing it; see `runtime.plan.make_plan`."""
@@ -201,11 +230,6 @@ class Pipeline:
             slopes = self.slopes([plan.prompt], plan.guidance, plan.negative_prompt, plan.guidance_interval)
         clock.lap("encode")
 
-        if slopes.directions == "calls" and plan.wide:
-            log.warning(
-                "%s takes one timestep for all rows: the points of a request run as calls in turn, not as one batch",
-                slopes.backbone.path,
-            )
         streams = [Stream(seed) for seed in plan.seeds]  # one per image: its start, then its solver's noise
 
         def noise(x: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -213,6 +237,7 @@ class Pipeline:
 
         start = noise(np.empty((len(streams), *plan.latent_shape))) if latents is None else _given(plan, latents)
         x = plan.start_scale * start  # (B, C, h, w)
+        self._settle(plan, slopes, x, clock)
         step = epd.Step(-1, plan.times[0], x, 0, 0)
         try:
             for step in epd.solve(plan.coroutine(noise), x, slopes):
@@ -259,7 +284,8 @@ class Pipeline:
         else:
             halves = {name: value[None] for name, value in told.items()}
         backbone = self._session(self.bundle.backbone).load()
-        return Slopes(backbone, self.bundle.facts, halves, guidance, directions_of(backbone), interval)
+        others = [self._session(self.bundle.backbone, index).load() for index in range(1, len(self._providers))]
+        return Slopes(backbone, self.bundle.facts, halves, guidance, directions_of(backbone), interval, others)
 
     def decode(self, x: NDArray[np.float64]) -> NDArray[np.float32]:
         """Latents (B, C, h, w) to pictures (B, H, W, 3) in [0, 1]; one at a time, for memory."""
@@ -269,21 +295,64 @@ class Pipeline:
         pixels: NDArray[np.float32] = np.clip(pictures.astype(np.float32) / 2 + np.float32(0.5), 0, 1)
         return pixels.transpose(0, 2, 3, 1)
 
+    @property
+    def assignment(self) -> Assignment | None:
+        """Where the backbone's nodes run; None before it is loaded, or where onnxruntime cannot tell."""
+        return self._session(self.bundle.backbone).assignment
+
     def close(self) -> None:
         """Releases all sessions; they are loaded again when needed."""
         for session in self._sessions.values():
             session.unload()
 
-    def _session(self, component: str) -> Session:
-        if component not in self._sessions:
-            self._sessions[component] = Session(self.bundle, component, provider=self.provider, **self._options)
-        return self._sessions[component]
+    def identity(self) -> str:
+        """Of the weights: the bundle's, or the sizes and times of a foreign folder's files."""
+        bundle = self.bundle
+        files = sorted(bundle.folder.glob("*/*.onnx*")) if bundle.foreign else []
+        return bundle.fingerprint() or repr([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
+
+    def _session(self, component: str, index: int = 0) -> Session:
+        """Of a component, on the provider of that index."""
+        name = f"{component} {index}" if index else component
+        if name not in self._sessions:
+            options = self._options | ({"provider_options": None} if index else {})
+            self._sessions[name] = Session(
+                self.bundle, component, provider=self._providers[index], fallback=self._fallback, **options
+            )
+        return self._sessions[name]
+
+    def _settle(self, plan: Plan, slopes: Slopes, x: NDArray[np.float64], clock: _Clock) -> None:
+        """The way to run the plan's directions, x (B, C, h, w) its first state; the clock has what measuring took."""
+        times = plan.times[0] * np.linspace(1, 0.9, plan.points)  # each of its own, as in the requests to come
+        profile = Profile(self._key(plan))
+        settle(slopes, self.directions, epd.Points(np.repeat(x[None], plan.points, 0), times), profile)
+        if profile.anew:
+            clock.lap("measure")
+        if slopes.directions == "calls" and self.directions is None and plan.wide and not slopes.per_row:
+            log.warning(
+                "%s takes one timestep for all rows: the points of a request run as calls in turn, not as one batch",
+                slopes.backbone.path,
+            )
+
+    def _key(self, plan: Plan) -> dict[str, Any]:
+        """All that the best way to run the plan's directions depends on."""
+        options = self._options["session_options"]
+        threads = [getattr(options, name, 0) for name in ("intra_op_num_threads", "inter_op_num_threads")]
+        return {
+            "bundle": self.identity(),
+            "providers": self._providers,
+            "options": self.options,
+            "points": plan.points,
+            "rows": plan.points * len(plan.seeds) * (2 if plan.guided else 1),
+            "latent": plan.latent_shape,
+            "threads": threads,
+            "onnxruntime": onnxruntime().__version__,
+            "machine": machine(),
+        }
 
     def _report(self, plan: Plan, last: epd.Step, slopes: Slopes, clock: _Clock) -> Report:
-        nodes: Counter[str] = Counter()
-        for session in self._sessions.values():
-            nodes.update(session.nodes or {})
-        facts, backbone = self.bundle.facts, slopes.backbone
+        assignments = [session.assignment for session in self._sessions.values()]
+        facts, ran = self.bundle.facts, slopes.sessions if slopes.directions == "spread" else slopes.sessions[:1]
         return Report(
             seeds=plan.seeds,
             prompt=plan.prompt,
@@ -293,7 +362,8 @@ class Pipeline:
             total_evaluations=last.evaluations,
             guided_forwards=slopes.guided_forwards,
             guidance_interval=plan.guidance_interval,
-            provider={"asked": self.provider, "ran": backbone.provider, "nodes": dict(nodes) or None, "fallbacks": 0},
+            provider={"asked": self.provider, "ran": ",".join(session.provider for session in ran)}
+            | summary(assignments),
             directions=slopes.directions,
             seconds=clock.seconds(last.calls),
             peak_rss_bytes=peak_rss_bytes(),

@@ -15,14 +15,16 @@ import epd
 from epd.solve import Array, Solver
 from epd.solvers import METHODS
 
-from .bundle import Bundle, Facts
+from .bundle import Bundle
 from .errors import RequestError
+from .facts import Facts
 from .grid import own_grid
 from .tables import best_table, check_table, differences, find_table, load_table
 
 Noise = Callable[[Array], Array]
 
 DIRECTIONS = 2  # of a start table, if nothing is said
+MOST_DIRECTIONS = 64  # each is a row of the network: more is a slip of the finger
 log = logging.getLogger(__name__)
 
 
@@ -61,9 +63,14 @@ class Plan:
         return self.table.directions if self.table is not None else 1
 
     @property
+    def points(self) -> int:
+        """The most points one request asks for."""
+        return self.steps if self.table is None and METHODS[self.solver].calls == 0 else self.directions
+
+    @property
     def wide(self) -> bool:
         """Whether some of its requests are for several points at once."""
-        return self.directions > 1 or (self.table is None and METHODS[self.solver].calls == 0)
+        return self.points > 1
 
     def coroutine(self, noise: Noise) -> Solver:
         """The solver; `noise` gives those that draw any normal numbers in the shape of a state."""
@@ -203,8 +210,10 @@ def _solver(
         raise RequestError(f"a table is for the solver epd, not for {solver}; leave one of them out")
     if table is not None and calls is not None:
         raise RequestError("--calls picks one of the bundle's tables; give it or --table, not both")
-    if k is not None and (table is not None or calls is not None or solver != "epd" or k < 1):
-        raise RequestError("-k (1 or more) is for --solver epd without a table: a table has its own directions")
+    if k is not None and (table is not None or calls is not None or solver != "epd" or not 1 <= k <= MOST_DIRECTIONS):
+        raise RequestError(
+            f"-k (1 to {MOST_DIRECTIONS}) is for --solver epd without a table: a table has its own directions"
+        )
     if isinstance(table, epd.Table):
         return "epd", table, "the table"
     if table is not None:

@@ -13,7 +13,7 @@ from .bundle import Bundle
 from .errors import RequestError
 from .plan import Plan
 from .png import version
-from .session import provider_name
+from .providers import provider_name
 from .tables import load_table
 
 if TYPE_CHECKING:
@@ -79,7 +79,8 @@ def recorded(
             f"{file}: drawn with another export of {facts.name} (bundle {line.get('Bundle hash')}); "
             "give that bundle with --model"
         )
-    here = {"Provider": provider_name(provider), "Precision": facts.components[bundle.backbone].precision}
+    providers = ",".join(provider_name(one.strip()) for one in provider.split(","))
+    here = {"Provider": providers, "Precision": facts.components[bundle.backbone].precision}
     if other := [f"{key} {line.get(key)} (here {value})" for key, value in here.items() if line.get(key) != value]:
         log.warning("%s was drawn with %s: the picture may differ", file, ", ".join(other))
     try:

@@ -6,11 +6,9 @@ Knows nothing of pipelines or solvers. Imports onnxruntime when the first sessio
 from __future__ import annotations
 
 import concurrent.futures
-import functools
-import importlib.metadata
 import logging
+import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from types import ModuleType, TracebackType
 from typing import Any, TypeVar
@@ -18,22 +16,18 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .bundle import Bundle, Tensor
+from . import assignment
+from .assignment import Assignment, Fallback
+from .bundle import Bundle
 from .errors import BundleError, NotFiniteError, ProviderError, RequestError
+from .facts import Tensor
+from .ort import add_provider, failures, one_line, onnxruntime
+from .providers import CPU, check_options, provider_of
 from .rows import calls_of, cut, in_turn, join, rows_of
 
 Value = TypeVar("Value")
 log = logging.getLogger(__name__)
 
-# Name typed -> (ONNX Runtime's name, wheel that has it). Exactly one of the wheels may be installed.
-PROVIDERS = {
-    "cpu": ("CPUExecutionProvider", "onnxruntime"),
-    "cuda": ("CUDAExecutionProvider", "onnxruntime-gpu"),
-    "directml": ("DmlExecutionProvider", "onnxruntime-directml"),
-    "openvino": ("OpenVINOExecutionProvider", "onnxruntime-openvino"),
-    "webgpu": ("WebGpuExecutionProvider", "onnxruntime-webgpu"),
-    "migraphx": ("MIGraphXExecutionProvider", "onnxruntime-migraphx"),
-}
 _TYPES = {  # ONNX Runtime's type names -> numpy's
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -52,12 +46,14 @@ class Session:
     bundle, component
         Which graph.
     provider : str
-        `cpu`, another key of `PROVIDERS`, or ONNX Runtime's own name of one; any case. Nothing else runs: a node that
-        the provider cannot take is an error, not a silent fallback to the CPU.
+        `cpu`, another key of `runtime.providers.PROVIDERS`, or ONNX Runtime's own name of one; any case.
     provider_options : mapping of str to str, optional
-        For another provider than the CPU, which ignores them without a word.
+        Those of its row, and no others; see `runtime.providers`.
     session_options : onnxruntime.SessionOptions, optional
-        Not changed unless the provider is another than the CPU, whose fallback is then switched off in them.
+        What the provider and `fallback` need is added to them; a provider that they name themselves is left.
+    fallback : {"limited", "allowed", "never"}
+        What may run on the CPU in place of another provider: of the backbone less than 10 % of the compute (of the
+        other components anything), anything, or no node of any component. Whatever does is a warning.
     rows : int, optional
         Of a component with one graph per row count: the graph of so many rows alone. None: each call runs the graph
         of its rows, or, where there is none, several calls of fewer rows (see `runtime.rows`), which is told.
@@ -66,6 +62,8 @@ class Session:
     ----------
     load_seconds, run_seconds, calls
         Totals over the life of this object, over all loads.
+    assignment
+        Where its nodes run; None before it is loaded, or where onnxruntime, older than 1.24, cannot tell.
     """
 
     def __init__(
@@ -76,16 +74,17 @@ class Session:
         provider: str = "cpu",
         provider_options: Mapping[str, str] | None = None,
         session_options: Any = None,
+        fallback: Fallback = "limited",
         rows: int | None = None,
     ) -> None:
-        self.bundle, self.component = bundle, component
+        self.bundle, self.component, self.fallback = bundle, component, fallback
         self.path = bundle.graph(component, rows)
-        self.provider = provider_name(provider)
-        if provider_options and self.provider == PROVIDERS["cpu"][0]:
-            raise ProviderError(f"{self.provider} takes no provider options; leave them out, or name another provider")
+        self._row = provider_of(provider)
+        self.provider = self._row.ort
+        check_options(self._row, provider_options or {})
         self.load_seconds = self.run_seconds = 0.0
         self.calls = 0
-        self.nodes: dict[str, int] | None = None  # provider -> nodes of the graph; None: this onnxruntime cannot tell
+        self.assignment: Assignment | None = None
         self._provider_options = dict(provider_options or {})
         self._session_options = session_options
         self._session: Any = None
@@ -98,10 +97,13 @@ class Session:
                 provider=provider,
                 provider_options=provider_options,
                 session_options=session_options,
+                fallback=fallback,
                 rows=count,
             )
             for count in counts
         }
+        self._lock = threading.Lock()  # for what concurrent calls write
+        self._running: set[Any] = set()  # run options of the calls under way
 
     @property
     def loaded(self) -> bool:
@@ -113,7 +115,8 @@ class Session:
         Raises
         ------
         ProviderError
-            No onnxruntime, two of them, or one that has not the provider or cannot run the graph on it.
+            No onnxruntime, two of them, or one that has not the provider or cannot run the graph on it, or not as much
+            of it as `fallback` wants.
         BundleError
             The graph or its data is missing, truncated or damaged.
         """
@@ -124,17 +127,15 @@ class Session:
             self._tally()
             return self
         ort = onnxruntime()
-        require_provider(ort, self.provider)
-        failures: tuple[type[Exception], ...] = (*_failures(ort), RuntimeError, ValueError)
+        options = self._options(ort)
         started = time.perf_counter()
         try:
-            session = ort.InferenceSession(
-                self.path,
-                self._options(ort),
-                providers=[(self.provider, self._provider_options)],
-                enable_fallback=0,  # else a provider that cannot start is replaced by the CPU
-            )
-        except failures as error:
+            shared = self._session_options is not None
+            named = add_provider(ort, options, self._row, self._provider_options, shared=shared)
+            session = ort.InferenceSession(self.path, options, named, enable_fallback=0)  # else the CPU would stand in
+        except ProviderError:
+            raise
+        except failures(ort) as error:
             raise self._unreadable(error) from None
         self.load_seconds += time.perf_counter() - started
         ran = session.get_providers()
@@ -144,8 +145,32 @@ class Session:
                 "check the provider's options and driver, or give --provider cpu"
             )
         session.disable_fallback()
-        self._session, self.nodes = session, _nodes(session)
+        self._assign(session)
+        self._session = session
         return self
+
+    def _assign(self, session: Any) -> None:
+        """Records where the nodes run, tells it (once) and refuses what may not be."""
+        nodes = assignment.recorded(session)
+        if nodes is None:
+            if self._row is not CPU and not self._strict(onnxruntime()):
+                log.warning("%s: this onnxruntime cannot tell which nodes run on the CPU; 1.24 can", self.component)
+            return
+        macs = self.bundle.facts.components[self.component].macs
+        placed = assignment.assign(self.component, self.provider, nodes, macs)
+        if self.component == self.bundle.backbone or self.fallback == "never":
+            assignment.check(placed, self.fallback)
+        if self.assignment is None and placed.share < 1:
+            log.warning("%s", placed)
+        self.assignment = placed
+
+    def stop(self) -> None:
+        """Ends the calls under way, which other threads have made: they raise RequestError."""
+        with self._lock:
+            for options in self._running:
+                _terminate(options)
+        for part in self._parts.values():
+            part.stop()
 
     def unload(self) -> None:
         """Releases the session and its memory; it can be loaded again."""
@@ -211,13 +236,19 @@ class Session:
             raise BundleError(f"{self.path}: no output {missing} in this graph; export it again")
         ort = onnxruntime()
         options = ort.RunOptions()
+        with self._lock:
+            self._running.add(options)
         started = time.perf_counter()
         try:
             results = _interruptible(lambda: session.run(names, feeds, options), lambda: _terminate(options))
-        except _failures(ort) as error:
-            raise RequestError(f"{self.component}: onnxruntime could not run it: {_one_line(error)}") from None
-        self.run_seconds += time.perf_counter() - started
-        self.calls += 1
+        except failures(ort) as error:
+            raise RequestError(f"{self.component}: onnxruntime could not run it: {one_line(error)}") from None
+        finally:
+            with self._lock:
+                self._running.remove(options)
+        with self._lock:
+            self.run_seconds += time.perf_counter() - started
+            self.calls += 1
         for name, result in zip(names, results, strict=True):
             if result.dtype.kind == "f" and not np.isfinite(result).all():
                 raise NotFiniteError(f"{self.component}: NaN or infinity in its output {name}; {self._remedy()}")
@@ -242,8 +273,7 @@ class Session:
         self.load_seconds = sum(part.load_seconds for part in parts)
         self.run_seconds = sum(part.run_seconds for part in parts)
         self.calls = sum(part.calls for part in parts)
-        known = [part.nodes for part in parts if part.nodes is not None]
-        self.nodes = dict(sum(map(Counter, known), Counter())) if known else None
+        self.assignment = next((part.assignment for part in parts if part.assignment is not None), None)
 
     def _loaded(self) -> Any:
         self.load()
@@ -259,18 +289,26 @@ class Session:
         if options is None:  # threads are left to onnxruntime: one per physical core
             options = ort.SessionOptions()
             options.log_severity_level = 3
-            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        if self.provider != PROVIDERS["cpu"][0]:
-            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        options.add_session_config_entry(assignment.RECORD, "1")
+        if self._strict(ort):
+            options.add_session_config_entry(assignment.STRICT, "1")
         return options
 
+    def _strict(self, ort: ModuleType) -> bool:
+        """Whether onnxruntime itself is to refuse nodes on the CPU: all of them, for one too old to tell how many."""
+        if self._row is CPU:
+            return False
+        limited = self.fallback == "limited" and self.component == self.bundle.backbone
+        return self.fallback == "never" or (limited and not assignment.tells(ort))
+
     def _unreadable(self, error: BaseException) -> BundleError | ProviderError:
-        if self.provider == PROVIDERS["cpu"][0]:
+        if self._row is CPU:
             return BundleError(
-                f"{self.path}: onnxruntime cannot load it ({_one_line(error)}); export or copy the bundle again"
+                f"{self.path}: onnxruntime cannot load it ({one_line(error)}); export or copy the bundle again"
             )
+        remedy = "leave --strict out" if self.fallback == "never" else "export it for this provider"
         return ProviderError(
-            f"{self.component}: {self.provider} cannot run all of it ({_one_line(error)}); give --provider cpu"
+            f"{self.component}: {self.provider} cannot run it ({one_line(error)}); {remedy}, or give --provider cpu"
         )
 
     def _checked(self, arrays: Mapping[str, ArrayLike]) -> dict[str, NDArray[Any]]:
@@ -301,69 +339,6 @@ class Session:
             ) from None
 
 
-def onnxruntime() -> ModuleType:
-    """The onnxruntime package; ProviderError if there is none, or if two wheels of it overwrote each other."""
-    wheels = sorted({wheel for _, wheel in PROVIDERS.values()} & _installed())
-    if len(wheels) > 1:
-        raise ProviderError(
-            f"two onnxruntime packages break each other: {', '.join(wheels)}; "
-            f"pip uninstall -y {' '.join(wheels)}, then install the one you want"
-        )
-    try:
-        import onnxruntime as ort
-    except ImportError as error:  # not there, or there and broken
-        raise ProviderError(
-            f"onnxruntime cannot be imported ({_one_line(error)}); pip install onnxruntime (or the extra [cpu])"
-        ) from None
-    return ort  # type: ignore[no-any-return]
-
-
-def provider_name(name: str) -> str:
-    """ONNX Runtime's name of a provider, from any spelling of it; ProviderError gives the choices."""
-    for short, (full, _) in PROVIDERS.items():
-        if name.lower() in (short, full.lower()):
-            return full
-    raise ProviderError(f"unknown provider {name!r}; choose from {', '.join(PROVIDERS)}")
-
-
-def require_provider(ort: ModuleType, provider: str) -> None:
-    """ProviderError, with the line to type, if the installed onnxruntime has not the provider."""
-    available = ort.get_available_providers()
-    if provider not in available:
-        extra, wheel = next((short, wheel) for short, (full, wheel) in PROVIDERS.items() if full == provider)
-        raise ProviderError(
-            f"{provider} is not in the installed onnxruntime (it has {', '.join(available)}); in an "
-            f"environment of its own: pip install {wheel} (or the extra [{extra}])"
-        )
-
-
-@functools.cache  # milliseconds, and asked at every call
-def _installed() -> frozenset[str]:
-    def there(wheel: str) -> bool:
-        try:
-            return bool(importlib.metadata.version(wheel))
-        except importlib.metadata.PackageNotFoundError:
-            return False
-
-    return frozenset(wheel for _, wheel in PROVIDERS.values() if there(wheel))
-
-
-def _failures(ort: ModuleType) -> tuple[type[Exception], ...]:
-    """What onnxruntime raises: its own classes share no base."""
-    state = ort.capi.onnxruntime_pybind11_state
-    names = (
-        "Fail",
-        "InvalidArgument",
-        "InvalidGraph",
-        "InvalidProtobuf",
-        "NoSuchFile",
-        "NotImplemented",
-        "RuntimeException",
-        "EPFail",
-    )
-    return tuple(getattr(state, name) for name in names)
-
-
 def _interruptible(call: Callable[[], Value], stop: Callable[[], None]) -> Value:
     """The result of `call`, run in a thread so that Ctrl-C is seen at once; `stop` then ends it."""
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
@@ -381,25 +356,6 @@ def _terminate(options: Any) -> None:
     options.terminate = True
 
 
-def _nodes(session: Any) -> dict[str, int] | None:
-    if not hasattr(session, "get_provider_graph_assignment_info"):
-        return None  # an onnxruntime before 1.24
-    failures = _failures(onnxruntime())
-    try:
-        parts = session.get_provider_graph_assignment_info()
-    except failures:
-        return None  # options of the caller's that do not record it
-    nodes: dict[str, int] = {}
-    for part in parts:
-        nodes[part.ep_name] = nodes.get(part.ep_name, 0) + len(part.get_nodes())
-    return nodes
-
-
 def _tensor(argument: Any) -> Tensor:
     shape = tuple(size if isinstance(size, int) else str(size or "any") for size in argument.shape)
     return Tensor(argument.name, _TYPES.get(argument.type, argument.type), shape)
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:300] + " ..."

@@ -1,4 +1,4 @@
-"""The network as the solver sees it: guided slopes at K points of B images, as one batch of rows or as calls in turn.
+"""The network as the solver sees it: guided slopes at K points of B images, in calls that `runtime.directions` plans.
 
 Rows are ordered (guidance half, point, image); the negative half holds guided points only. Knows nothing of solvers,
 text or pictures.
@@ -6,21 +6,24 @@ text or pictures.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import groupby
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 import epd
 
-from .bundle import Facts
+from .directions import LANES, Directions, Lane, Speed, at_once
 from .errors import BundleError
+from .facts import Facts
 from .session import Session
 
 Array = NDArray[np.float64]
-Directions = Literal["batch", "calls"]
 
 
 class Slopes:
@@ -39,15 +42,20 @@ class Slopes:
         the negative prompt, then the prompt) if guided, else 1.
     guidance : float
         slope = negative + guidance * (positive - negative); not used where H = 1.
-    directions : "batch" | "calls"
-        All P points in one call of H * P * B rows, or P calls of H * B. A graph whose timestep is one scalar for all
-        rows can only do the latter: see `directions_of`.
+    directions : "batch" | "calls" | "async" | "spread"
+        All P points in one call of H * P * B rows; P calls of H * B in turn, or at once; or the P * B points and images
+        divided among all sessions by their `speeds`, at once. A graph whose timestep is one scalar for all rows takes a
+        call for every time.
     interval : (lo, hi), optional
         Sigma, 0 <= lo < hi: guidance at lo <= sigma <= hi only. Outside, the slope is the prompt's own and its point
         has one row instead of two (Kynkäänniemi et al. 2024, arXiv 2404.07724). None: everywhere.
+    others : sessions of the same graph
+        On further devices, for `spread`.
 
     Attributes
     ----------
+    speeds : (sessions,) Speed
+        Of each session; until they are measured (`runtime.directions.settle`), all the same.
     guided_forwards : int
         Rows evaluated so far.
     """
@@ -60,8 +68,11 @@ class Slopes:
         guidance: float,
         directions: Directions,
         interval: tuple[float, float] | None = None,
+        others: Sequence[Session] = (),
     ) -> None:
-        self.backbone, self.guidance, self.directions, self.interval = backbone, guidance, directions, interval
+        self.sessions = (backbone, *others)
+        self.speeds = (Speed(),) * len(self.sessions)
+        self.guidance, self.directions, self.interval = guidance, directions, interval
         self._facts = facts
         self.guided_forwards = 0
         rank = {tensor.name: len(tensor.shape) for tensor in backbone.inputs}
@@ -82,48 +93,70 @@ class Slopes:
             self._network_input = lambda x, sigma: x / np.sqrt(1 + sigma**2)
         self._times_shape = _timestep_shape(backbone)
 
+    @property
+    def backbone(self) -> Session:
+        """The first session."""
+        return self.sessions[0]
+
+    @property
+    def per_row(self) -> bool:
+        """Whether the graph takes a timestep for every row."""
+        return _per_row(self._times_shape)
+
     def part(self, images: slice, guidance: float) -> Slopes:
         """The same network told of some of the images only, at a guidance scale of their own (above 1 only if this is).
 
         Images: of a conditioning with one entry per image.
         """
         told = {name: value[-1 - (guidance > 1) :, images] for name, value in self._conditioning.items()}
-        return Slopes(self.backbone, self._facts, told, guidance, self.directions, self.interval)
+        part = copy.copy(self)
+        part._conditioning, part._halves = told, len(next(iter(told.values())))
+        part.guidance, part.guided_forwards = guidance, 0
+        return part
 
     def __call__(self, points: epd.Points) -> Array:
         x = np.asarray(points.x, np.float64)  # (P, B, C, h, w)
         t = np.asarray(points.t, np.float64)
         t = np.broadcast_to(t[:, None] if t.ndim == 1 else t, x.shape[:2])  # (P, B)
-        if self.directions == "batch":
-            return self._evaluate(x, t)
-        return np.concatenate([self._in_turn(x[p : p + 1], t[p : p + 1]) for p in range(len(x))])
+        units, image = x.reshape(-1, *x.shape[2:]), np.tile(np.arange(x.shape[1]), len(x))
+        lanes = LANES[self.directions](len(x), x.shape[1], self.speeds)
+        tasks = [partial(self._lane, lane, units, t.ravel(), image) for lane in lanes]
+        done = [tasks[0]()] if len(tasks) == 1 else at_once(tasks, self._stop)
+        self.guided_forwards += sum(rows for _, rows in done)
+        return np.concatenate([slopes for slopes, _ in done]).reshape(x.shape)
 
-    def _in_turn(self, x: Array, t: Array) -> Array:
-        """One point: one call, or one an image where their times differ and the graph takes a single one."""
-        if _per_row(self._times_shape) or (t == t[0, 0]).all():
-            return self._evaluate(x, t)
-        return np.concatenate([self._evaluate(x[:, b : b + 1], t[:, b : b + 1], b) for b in range(x.shape[1])], axis=1)
+    def _lane(self, lane: Lane, x: Array, t: Array, image: NDArray[np.intp]) -> tuple[Array, int]:
+        """Slopes (u, C, h, w) of a lane's units, and the rows evaluated; x (U, C, h, w), t (U,), image (U,): of all."""
+        session = self.sessions[lane.session]
+        done = [
+            self._evaluate(session, x[part], t[part], image[part])
+            for call in lane.calls
+            for part in ([call] if self.per_row else _of_one_time(t, call))
+        ]
+        return np.concatenate([slopes for slopes, _ in done]), sum(rows for _, rows in done)
 
-    def _evaluate(self, x: Array, t: Array, first: int = 0) -> Array:
-        """One call: x (P, B, C, h, w) at t (P, B), of the B images from the first on."""
-        sigma = t.reshape(*t.shape, *(1,) * (x.ndim - t.ndim))
-        guided = self._guided(t).ravel()  # (P B,): points of two rows
-        point = np.concatenate([np.flatnonzero(guided), np.arange(t.size)])  # of every row
-        half = np.repeat([0, self._halves - 1], [guided.sum(), t.size])
-        timestep = self._network_time(t).ravel()[point]
-        if not _per_row(self._times_shape):
+    def _evaluate(self, session: Session, x: Array, t: Array, image: NDArray[np.intp]) -> tuple[Array, int]:
+        """One call: slopes of the units x (u, C, h, w) at t (u,), of these images (u,); and its rows."""
+        guided = self._guided(t)  # (u,): units of two rows
+        unit = np.concatenate([np.flatnonzero(guided), np.arange(len(t))])  # of every row
+        half = np.repeat([0, self._halves - 1], [guided.sum(), len(t)])
+        timestep = self._network_time(t)[unit]
+        if not self.per_row:
             timestep = timestep[:1].reshape((1,) * len(self._times_shape))
-        image = first + point % x.shape[1]
         feeds = {  # (H, 1 or B, ...) -> (rows, ...)
-            name: value[half, image if value.shape[1] > 1 else 0] for name, value in self._conditioning.items()
+            name: value[half, image[unit] if value.shape[1] > 1 else 0] for name, value in self._conditioning.items()
         }
-        feeds |= {self._sample: self._network_input(x, sigma).reshape(-1, *x.shape[2:])[point], "timestep": timestep}
-        answer: Array = self.backbone(want=[self._answer], **feeds)[self._answer].astype(np.float64)
-        self.guided_forwards += len(answer)
-        negative, slope = np.split(answer, [len(answer) - t.size])
+        sigma = t.reshape(-1, *(1,) * (x.ndim - 1))
+        feeds |= {self._sample: self._network_input(x, sigma)[unit], "timestep": timestep}
+        answer: Array = session(want=[self._answer], **feeds)[self._answer].astype(np.float64)
+        negative, slope = np.split(answer, [len(answer) - len(t)])
         with np.errstate(over="ignore", invalid="ignore"):  # `epd.solve` looks at every slope
             slope[guided] = negative + self.guidance * (slope[guided] - negative)
-        return slope.reshape(x.shape)
+        return slope, len(answer)
+
+    def _stop(self) -> None:
+        for session in self.sessions:
+            session.stop()
 
     def _guided(self, t: Array) -> NDArray[np.bool_]:
         """Where guidance applies, shape of t."""
@@ -136,6 +169,12 @@ class Slopes:
 def directions_of(backbone: Session) -> Directions:
     """`batch` where the graph takes a timestep per row; `calls` where it takes one for all of them."""
     return "batch" if _per_row(_timestep_shape(backbone)) else "calls"
+
+
+def _of_one_time(t: Array, call: slice) -> list[slice]:
+    """The call's units in runs of one time each."""
+    runs = [list(run) for _, run in groupby(range(call.start, call.stop), key=lambda unit: t[unit])]
+    return [slice(run[0], run[-1] + 1) for run in runs]
 
 
 def _timestep_shape(backbone: Session) -> tuple[int | str, ...]:

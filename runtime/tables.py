@@ -14,8 +14,9 @@ import numpy as np
 import epd
 from epd import catalogue
 
-from .bundle import Bundle, Facts
+from .bundle import Bundle
 from .errors import RequestError
+from .facts import Facts
 from .grid import largest, own_grid, published_grid
 
 _BEYOND = 1.01  # times the largest trained sigma: where a table may start at most, SD1.5
@@ -77,7 +78,7 @@ def check_table(facts: Facts, table: epd.Table, what: str, steps: int | None) ->
     flow = facts.family == "sd3"
     if table.family is not None and (table.family in _FLOW) != flow:
         raise RequestError(
-            f"{what} is for the family {table.family}, {facts.name} is {facts.family}; give another table"
+            f"{what} is for the family {_printable(table.family)}, {facts.name} is {facts.family}; give another table"
         )
     if table.times[0] > largest(facts) * (1 if flow else _BEYOND):
         raise RequestError(
@@ -106,7 +107,8 @@ def differences(
     t5 = "text_encoder_3" in facts.components
     grids = _own_grids(facts, table.steps)
     usual = own_model or any(np.allclose(table.times, grid, rtol=1e-3, atol=1e-4) for grid in grids)
-    scales = (table.provenance or {}).get("guidance_scales") or [table.guidance]
+    fitted = (table.provenance or {}).get("guidance_scales")
+    scales = fitted if isinstance(fitted, list) and fitted else [table.guidance]
     compared = [  # what it says, what is here, whether they agree
         (f"family {table.family}", facts.family, table.family in (None, facts.family)),
         (f"model {table.model}", facts.name, table.model is None or own_model),
@@ -116,7 +118,12 @@ def differences(
         (f"size {_by(table.size)}", _by(size), table.size in (None, size)),
         ("T5" if table.t5 else "no T5", "with it" if t5 else "without it", table.t5 in (None, t5)),
     ]
-    return [f"{made} (here {here})" for made, here, agree in compared if not agree]
+    return [_printable(f"{made} (here {here})") for made, here, agree in compared if not agree]
+
+
+def _printable(text: str) -> str:
+    """What a table says of itself, unable to command a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _short(name: str) -> str:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from export.__main__ import main as export
-from runtime.bundle import Bundle, Facts
+from runtime.bundle import Bundle
+from runtime.facts import Facts
 from runtime.pipeline import BUILT_IN, DEFAULT, Pipeline
 from shapes.captions import held_out_scenes
 from shapes.check import accepts

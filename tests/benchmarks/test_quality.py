@@ -145,6 +145,15 @@ def test_all_forms_say_the_same(bundles, family, prompts, tmp_path, capsys):
             for text in tables.splitlines()
             if text.startswith(f"| {row['solver']} ") and f"{row['psnr_db']['mean']:.2f} ±" in text
         )
+    mine = next(row for row in result["rows"] if row["kind"] == "table")
+    others = [row for row in result["rows"] if row["kind"] == "solver" and row["calls"] == mine["calls"]]
+    best = max(others, key=lambda row: row["psnr_db"]["mean"])
+    assert mine["closest"] == best["solver"]
+    assert mine["over_closest_db"]["mean"] == pytest.approx(mine["psnr_db"]["mean"] - best["psnr_db"]["mean"])
+    half = (mine["over_closest_db"]["high"] - mine["over_closest_db"]["low"]) / 2
+    word = "closer" if mine["over_closest_db"]["mean"] > half else "no clear difference"
+    assert f"- mine: {word}, {mine['over_closest_db']['mean']:+.2f} ± {half:.2f} dB over {best['solver']}" in tables
+    assert all(row["closest"] is None for row in others)
     assert files["plot"].read_bytes().startswith(b"\x89PNG")
     kept = sorted((tmp_path / "work").iterdir())
     assert main(command) == 0

@@ -195,6 +195,13 @@ def test_refused_connection(cache, data):
     assert kept(cache) == []
 
 
+@pytest.mark.parametrize("base", ["http://127.0.0.1:port", "http://two words", "http://two\nlines"])
+def test_no_address(cache, base):
+    with pytest.raises(ValueError, match="no address") as refused:
+        catalogue.fetch("sd15", base)
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize("base", ["file:///etc", "ftp://127.0.0.1", "/etc"])
 def test_no_other_scheme(cache, data, base):
     with pytest.raises(ValueError, match="must begin with https"):

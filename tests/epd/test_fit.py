@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import epd
-from epd.fit import Design, Trajectories, decibels, fit, search, teach
+from epd.fit import MARGIN, Design, Trajectories, decibels, fit, search, teach
 from tests.epd.oracle import Counting, edm_slope, flow_slope, ode_slope, ode_solution
 
 MODES = np.array([[-1.3], [0.7]])  # of a linear ODE dx/dt = MODES x
@@ -169,3 +169,21 @@ def test_search_climbs_and_keeps_to_its_budget():
     asked.clear()
     assert list(search(score, [begin, replace(begin, place=2)], moves, 1)) == [(begin, score(begin))]
     assert len(asked) == 2  # one of them is this test's own
+
+
+def test_search_takes_no_gain_below_its_margin_and_repeats_what_helped():
+    begin = Design((1.0, 0.5), ((0.5,),), place=1, carry=0)
+    asked = []
+
+    def score(design):
+        asked.append(design)
+        return 1.0 * min(design.place, 4) + 0.5 * MARGIN * design.carry
+
+    def moves(design):
+        yield replace(design, carry=design.carry + 1)  # a gain that is none
+        yield replace(design, place=design.place + 1)
+
+    found = list(search(score, [begin], moves, 40))
+    assert found[-1][0] == replace(begin, place=4)
+    asked = [(design.place, design.carry) for design in asked]
+    assert asked == [(1, 0), (1, 1), (2, 0), (3, 0), (4, 0), (5, 0), (4, 1)]

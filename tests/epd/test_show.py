@@ -126,8 +126,11 @@ MISTAKES = {
     "no table": (["show", "{}/a.pkl"], "a.pkl: not a table"),
     "no such pickle": (["import", "{}/none.pkl", "-o", "{}/t.json"], "none.pkl: No such file or directory"),
     "hostile": (["import", "{}/a.pkl", "-o", "{}/t.json"], "a.pkl: refused: 'os.system'"),
-    "no folder": (["import", "{}/b.pkl", "-o", "{}/none/t.json"], "No such file or directory"),
-    "no folder for a plot": (["show", "{}/b.json", "--plot", "{}/none/t.png"], "No such file or directory"),
+    "no folder": (["import", "{}/b.pkl", "-o", "{}/none/t.json"], "{}/none/t.json: No such file or directory"),
+    "no folder for a plot": (
+        ["show", "{}/b.json", "--plot", "{}/none/t.png"],
+        "{}/none/t.png: No such file or directory",
+    ),
     "no such published": (["fetch", "none"], "no published table 'none'; choose one of sd15, "),
 }
 
@@ -141,7 +144,7 @@ def test_mistakes_are_one_line(tmp_path, capsys, case):
     assert main([argument.format(tmp_path) for argument in arguments]) == 2
     out = capsys.readouterr()
     assert out.err.startswith("error: ")
-    assert message in out.err
+    assert message.format(tmp_path) in out.err
     assert out.err.count("\n") == 1
     assert out.out == ""
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pkl", "b.json", "b.pkl"]

@@ -71,6 +71,7 @@ BROKEN = {
     "place by a point not asked": ({**HISTORY, "w": [[0.0, 1.0], [0.5, 0.5]]}, r"place of interval 1 .*\[0\]"),
     "family": ({"family": 3}, "family must be a string"),
     "guidance": ({"guidance": float("nan")}, "guidance must be"),
+    "guidance no float holds": ({"guidance": 10**400}, "guidance must be"),
     "guidance word": ({"guidance": "7"}, "guidance must be"),
     "size": ({"size": [512]}, "size must be"),
     "t5 word": ({"t5": "yes"}, "t5 must be"),

@@ -114,7 +114,8 @@ def test_multiply_accumulates_follow_the_size_of_the_picture(bundle: Bundle):
 
 @pytest.mark.parametrize("side", [2, 1024])
 def test_trial_is_never_larger_than_the_picture_and_keeps_the_multiple(tmp_path: Path, side: int):
-    from runtime.bundle import Source, describe
+    from runtime.bundle import describe
+    from runtime.facts import Source
 
     facts = describe(tiny_sd15(tmp_path), "tiny", Source("tiny"))
     multiple = facts.latent.factor * facts.latent.down

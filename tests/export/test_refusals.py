@@ -16,6 +16,7 @@ from export import ExportError, write
 from export.__main__ import main
 from export.worker import Job
 from runtime.bundle import Bundle
+from shapes.models import write_tokenizer
 
 ROOT = Path(write.__file__).parent.parent
 
@@ -126,6 +127,38 @@ def test_a_damaged_tokenizer(capsys, copy: Path, target: Path):
     assert sorted(path.name for path in target.parent.iterdir()) == ["copy"]
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("merges.txt", b"#version: 0.2\nnonsense\n", "damaged at 'nonsense'"),
+        ("merges.txt", b"#version: 0.2\nno piece\n", "damaged at 'no piece'"),
+        ("merges.txt", b"\n\n", "damaged at ''"),
+        ("merges.txt", b"\xff\xfe\x00", "damaged ('utf-8' codec"),
+        ("vocab.json", b'{"a": "b"}', "a piece without a number"),
+    ],
+)
+def test_a_damaged_tokenizer_of_the_older_kind(capsys, copy: Path, target: Path, file: str, content: bytes, said: str):
+    folder = copy / "tokenizer"
+    write_tokenizer(folder)
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    (folder / file).write_bytes(content)
+    line = refusal(capsys, copy, "-o", target)
+    assert line.startswith(f"export: {folder / file}: damaged")
+    assert said in line
+    assert sorted(path.name for path in target.parent.iterdir()) == ["copy"]
+
+
+@pytest.mark.parametrize("size", [None, "64", [18, 18]])
+def test_sd3_without_a_whole_sample_size(
+    capsys, tiny_checkpoints: dict[str, Path], tmp_path: Path, target: Path, size: object
+):
+    copy = shutil.copytree(tiny_checkpoints["sd3"], tmp_path / "copy")
+    edit(copy / "transformer" / "config.json", sample_size=size)
+    line = refusal(capsys, copy, "-o", target, "--height", "80", "--width", "112")
+    assert "sample_size in transformer/config.json" in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy"]
+
+
 def test_a_file_that_cannot_be_read_is_no_fault_of_the_target(capsys, copy: Path, target: Path):
     gone = copy / "tokenizer" / "merges.txt"
     gone.unlink(missing_ok=True)
@@ -213,20 +246,24 @@ def test_a_full_disk(capsys, checkpoint: Path, small_disk: Path):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to one process")
 def test_ctrl_c_in_mid_export_leaves_nothing(checkpoint: Path, target: Path):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "export", str(checkpoint), "-o", str(target)],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, "-m", "export", str(checkpoint), "-o", str(target)]
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # a child of a shell's background job ignores it
+    try:
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, heard)
     workers: list[psutil.Process] = []
     deadline = time.monotonic() + 120
-    while not workers and time.monotonic() < deadline:
-        time.sleep(0.02)
-        workers = psutil.Process(process.pid).children(recursive=True)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    with process:
+        try:
+            while not workers and time.monotonic() < deadline:
+                time.sleep(0.02)
+                workers = psutil.Process(process.pid).children(recursive=True)
+            time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert said.splitlines()[-1] == "export: stopped; nothing was written"
     assert "Traceback" not in said
@@ -242,10 +279,12 @@ def test_a_kill_in_mid_export_leaves_the_old_bundle_whole_and_the_next_export_cl
     before = Bundle.open(target).fingerprint()
     process = subprocess.Popen([sys.executable, "-m", "export", *command], cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not list(target.parent.glob(".bundle.*.partial/vae_decoder")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.kill(process.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
-    process.wait()
+    try:
+        while not list(target.parent.glob(".bundle.*.partial/vae_decoder")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
     assert len(list(target.parent.glob(".bundle.*.partial"))) == 1
     Bundle.open(target).verify()
     assert Bundle.open(target).fingerprint() == before

@@ -5,7 +5,9 @@ import shutil
 import pytest
 import tiny_bundle
 
-from runtime.bundle import Bundle, BundleError, read_facts, write_facts
+from runtime.bundle import Bundle
+from runtime.errors import BundleError
+from runtime.facts import read_facts, write_facts
 
 
 @pytest.fixture

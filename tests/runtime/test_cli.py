@@ -40,8 +40,9 @@ def test_generate_json_has_the_keys_of_the_design(bundles, tmp_path, capsys):
         "guidance_interval", "provider", "directions", "seconds", "peak_rss_bytes", "bundle",
     ]  # fmt: skip
     assert printed["images"] == [str(out)]
-    assert printed["provider"] | {"nodes": None} == {
-        "asked": "cpu", "ran": "CPUExecutionProvider", "nodes": None, "fallbacks": 0
+    assert list(printed["provider"]) == ["asked", "ran", "nodes", "macs_share", "fallbacks"]
+    assert printed["provider"] | {"nodes": None, "macs_share": None} == {
+        "asked": "cpu", "ran": "CPUExecutionProvider", "nodes": None, "macs_share": None, "fallbacks": []
     }  # fmt: skip
     assert pixels(out).shape == (16, 16, 3)
 
@@ -89,7 +90,7 @@ def test_prompt_file(bundles, tmp_path):
         (["red", "--steps", "0"], "steps must be from 1"),
         (["red", "-W", "24", "-H", "24"], "python -m export nobody/tiny"),
         (["red", "--provider", "npu"], "unknown provider 'npu'"),
-        (["red", "--provider", "directml"], "pip install onnxruntime-directml"),
+        (["red", "--provider", "migraphx"], "pip install onnxruntime-migraphx"),
         (["red", "--provider-option", "fast"], "is not KEY=VALUE"),
         (["red", "-o", "nowhere/a.png"], "cannot be written"),
         (["red", "--table", "nothing.json"], "nothing.json"),
@@ -249,12 +250,13 @@ def test_a_real_ctrl_c(tmp_path):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     finally:
         signal.signal(signal.SIGINT, heard)
-    try:
-        assert "RANDOM WEIGHTS" in process.stderr.readline()
-        time.sleep(2)
-        process.send_signal(signal.SIGINT)
-        printed, told = process.communicate(timeout=60)
-    finally:
-        process.kill()
+    with process:
+        try:
+            assert "RANDOM WEIGHTS" in process.stderr.readline()
+            time.sleep(2)
+            process.send_signal(signal.SIGINT)
+            printed, told = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert (process.returncode, printed, told) == (130, "", "stopped\n")
     assert [path.name for path in tmp_path.iterdir()] == ["b"]

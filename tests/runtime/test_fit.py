@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import pytest
 import epd
 from runtime.__main__ import main
 from runtime.bundle import Bundle
-from runtime.fit import Fitting, Order, fit_bundle, read_prompts
+from runtime.fit import Fitting, fit_bundle
+from runtime.order import Order, read_prompts
 from runtime.pipeline import Pipeline
 
 PROMPTS = tuple(f"red a {i}" for i in range(8))
@@ -126,12 +128,16 @@ def test_on_the_command_line(bundle, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (["--calls", "1"], "--calls must be 2 or more"),
-        (["-k", "0"], "-k must be 1 or more"),
-        (["--trajectories", "1"], "--trajectories must be 2 or more"),
-        (["--candidates", "0"], "--candidates must be 1 or more"),
+        (["--calls", "1"], "--calls must be from 2 to 100, got 1"),
+        (["-n", "99999999999"], "--calls must be from 2 to 100, got 100000000000"),
+        (["-k", "0"], "-k must be from 1 to 64"),
+        (["-k", "65"], "-k must be from 1 to 64"),
+        (["--trajectories", "1"], "--trajectories must be from 2 to 10000"),
+        (["--teacher-calls", "9999999999"], "--teacher-calls must be from 1 to 10000"),
+        (["--candidates", "0"], "--candidates must be from 1 to 10000"),
         (["--calls", "6", "--teacher-calls", "12"], "give 48"),
-        (["--guidance-scale", "nan"], "must be finite"),
+        (["--guidance-scale", "nan"], "must be from -1000 to 1000"),
+        (["--guidance-scale", "3", "1e308"], "must be from -1000 to 1000"),
         (["--guidance-scale", "1", "3", "7", "--trajectories", "4"], "3 guidance scales need --trajectories 6"),
         (["--seed", "-1"], "--seed must be 0 or more"),
         (["-n", "0"], "-n must be 1 or more"),
@@ -184,7 +190,12 @@ def test_a_teacher_of_higher_precision_is_met(bundle, bundles, family, tmp_path)
         def scaled(images, guidance):
             piece = part(images, guidance)
             whole = piece._evaluate
-            piece._evaluate = lambda *given: 1.03 * whole(*given)
+
+            def too_large(*given):
+                slope, rows = whole(*given)
+                return 1.03 * slope, rows
+
+            piece._evaluate = too_large
             return piece
 
         slopes.part = scaled
@@ -201,6 +212,43 @@ def test_a_teacher_of_higher_precision_is_met(bundle, bundles, family, tmp_path)
         *_, last = epd.solve(epd.solvers.epd(table), start, judged._slope(groups))
         errors.append(np.abs(last.x - aim).mean())
     assert errors[1] < 0.8 * errors[0]
+
+
+def test_a_bundle_that_takes_no_table_is_told_before_the_work(bundle, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (bundle / "tables").write_text("", encoding="utf-8")  # stands where they would go
+    assert main(["fit", str(bundle), "--install"]) == 2
+    error = capsys.readouterr().err
+    assert "cannot be written" in error
+    assert "leave --install out" in error
+    assert error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == [bundle.name]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("may not mount a small disk here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("where", ["-o", "--work"])
+def test_a_full_disk_is_told_by_the_name_of_the_file(bundles, small_disk, tmp_path, capsys, where):
+    (small_disk / "full").write_bytes(bytes(12288))  # all there is
+    places = {"-o": tmp_path / "table.json", "--work": tmp_path / "work"} | {
+        where: small_disk / {"-o": "table.json", "--work": "work"}[where]
+    }
+    command = ["fit", str(bundles["sd3"]), "--calls", "3", "--trajectories", "2", "--teacher-calls", "24"]
+    command += ["--candidates", "1", *(str(word) for place in places.items() for word in place)]
+    assert main(command) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {places[where]}")
+    assert line.endswith("No space left on device")
+    assert [path for path in small_disk.rglob("*") if path.is_file()] == [small_disk / "full"]
 
 
 def test_a_foreign_folder_takes_no_table(bundles, tmp_path):

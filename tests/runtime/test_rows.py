@@ -10,8 +10,9 @@ import pytest
 import tiny_bundle
 
 from runtime.__main__ import main
-from runtime.bundle import Bundle, Stored, read_facts, sha256, write_facts
+from runtime.bundle import Bundle, sha256
 from runtime.errors import BundleError, RequestError
+from runtime.facts import Stored, read_facts, write_facts
 from runtime.inspect import describe, verify
 from runtime.pipeline import Pipeline
 from runtime.rows import cut, join, split

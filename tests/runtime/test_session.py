@@ -1,5 +1,3 @@
-import sys
-
 import numpy as np
 import pytest
 import tiny_bundle
@@ -35,7 +33,7 @@ def test_loads_when_called_and_unloads(bundles):
     assert np.array_equal(session(**feeds())["out_sample"], first)
     assert session.calls == 2
     assert session.run_seconds > 0
-    assert session.nodes is None or set(session.nodes) == {"CPUExecutionProvider"}
+    assert session.assignment is None or set(session.assignment.nodes) == {"CPUExecutionProvider"}
 
 
 def test_casts_to_the_declared_type(unet):
@@ -129,14 +127,8 @@ def test_unknown_and_absent_providers(bundles):
     bundle = Bundle.open(bundles["sd15"])
     with pytest.raises(ProviderError, match=r"unknown provider 'npu'; choose from cpu, cuda"):
         Session(bundle, "unet", provider="npu")
-    with pytest.raises(ProviderError, match=r"CUDAExecutionProvider is not in .*pip install onnxruntime-gpu"):
+    with pytest.raises(ProviderError, match=r"CUDAExecutionProvider is not in .*pip install \"onnxruntime-gpu"):
         Session(bundle, "unet", provider="CUDA").load()
-
-
-def test_two_onnxruntimes_are_told(monkeypatch):
-    monkeypatch.setattr(sessions, "_installed", lambda: {"onnxruntime", "onnxruntime-gpu"})
-    with pytest.raises(ProviderError, match="two onnxruntime packages break each other: onnxruntime, onnxruntime-gpu"):
-        sessions.onnxruntime()
 
 
 def test_ctrl_c_stops_the_call_and_is_passed_on():
@@ -154,16 +146,6 @@ def test_ctrl_c_stops_the_call_and_is_passed_on():
         with pytest.raises(KeyboardInterrupt):
             sessions._interruptible(lambda: stopped.wait(30), stopped.set)
     assert time.perf_counter() - started < 10
-
-
-def test_the_wheels_are_looked_up_once():
-    assert sessions._installed() is sessions._installed()
-
-
-def test_a_broken_onnxruntime_is_one_line(monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # what Python does for an import that is barred
-    with pytest.raises(ProviderError, match=r"onnxruntime cannot be imported .*pip install onnxruntime"):
-        sessions.onnxruntime()
 
 
 def test_the_cpu_takes_no_options(bundles):

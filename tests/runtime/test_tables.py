@@ -44,6 +44,22 @@ def test_the_best_table_of_so_many_calls(tmp_path, tables, calls, best):
     assert plan.table.sequential_calls <= calls
 
 
+@pytest.mark.parametrize("told", [5, 0.5, "4.5", {"a": 1}, [], None])
+def test_what_a_strangers_table_says_of_itself_breaks_nothing(bundles, caplog, told):
+    """Not ours to write: provenance may hold anything that JSON can."""
+    strange = replace(
+        epd.start_table(epd.schedule.flow(3), 1),
+        model="\x1b[2J\nmodel",
+        guidance=3.0,
+        provenance={"guidance_scales": told, "held_out": {"psnr_db": 10**400}},
+    )
+    assert strange.held_out_psnr is None
+    Pipeline.from_pretrained(bundles["sd3"]).plan("red", table=strange, guidance_scale=4.0)
+    (warning,) = (record.getMessage() for record in caplog.records if "made for" in record.getMessage())
+    assert "model ?[2J?model (here tiny-sd3), guidance 3.0 (here 4)" in warning
+    assert warning.isprintable()
+
+
 def test_calls_that_no_table_has(tmp_path, bundles):
     pipe = with_tables(tmp_path, table(4), table(3))
     with pytest.raises(RequestError, match=r"no table of at most 5 sequential calls \(it has: 6, 8\); give --calls 6"):

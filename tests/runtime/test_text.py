@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import tiny_bundle
 
-from runtime.bundle import Bundle, BundleError
+from runtime.bundle import Bundle
+from runtime.errors import BundleError
 from runtime.session import Session
 from runtime.text import conditioning, tokenize
 

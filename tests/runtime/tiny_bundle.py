@@ -8,19 +8,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from runtime.bundle import (
-    Component,
-    Defaults,
-    Facts,
-    Latent,
-    Parity,
-    Source,
-    Stored,
-    Tensor,
-    Text,
-    sha256,
-    write_facts,
-)
+from runtime.bundle import sha256
+from runtime.facts import Component, Defaults, Facts, Latent, Parity, Source, Stored, Tensor, Text, write_facts
 
 TOKENS, WIDTH, JOINT, CHANNELS, T5_TOKENS = 8, 6, 16, 4, 3
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -228,6 +217,6 @@ def configurations(folder: Path, facts: Facts) -> None:
 
 def change(folder: Path, **fields) -> None:
     """Rewrites a bundle.json with other facts."""
-    from runtime.bundle import read_facts
+    from runtime.facts import read_facts
 
     write_facts(folder, dataclasses.replace(read_facts(folder / "bundle.json"), **fields))

@@ -1,0 +1,262 @@
+"""What this machine can run on: `python -m runtime devices`, and what stands in the way: `python -m runtime doctor`.
+
+Knows nothing of bundles. A provider counts as here when it has started a one-node graph, not when it is listed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from .errors import ProviderError
+from .ort import NEWEST, OLDEST, add_provider, base_wheels, failures, installed, one_line, onnxruntime, require
+from .providers import CPU, PROVIDERS, SYSTEMS, Provider
+
+# y = x + x, float32 [1, 4]; ONNX IR 8, opset 17
+_ADD = bytes.fromhex(
+    "08083a3d0a0e0a01780a017812017922034164641201675a130a0178120e0a0c"
+    "080112080a0208010a02080462130a0179120e0a0c080112080a0208010a02080442040a001011"
+)
+_AMD_NPUS = {"0x1502": "Phoenix or Hawk Point", "0x17f0": "Strix or Krackan"}  # PCI device ids, vendor 0x1022
+_GB = 1e9
+
+
+@dataclass(frozen=True)
+class Device:
+    """A provider on this machine: `why` it is not here (None: it is), and what to type then."""
+
+    name: str
+    provider: str
+    why: str | None
+    install: str
+    hardware: tuple[str, ...]  # kind and vendor of each device that onnxruntime tells of
+    rows: str
+    opset: int | None
+    precisions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at: `bad` means nothing can run, `advice` that something could be better."""
+
+    level: Literal["ok", "advice", "bad"]
+    what: str
+    said: str
+    remedy: str = ""
+
+
+def devices() -> list[Device]:
+    """Every provider of the table, each started on a one-node graph if it seems to be here."""
+    try:
+        ort = onnxruntime()
+    except ProviderError as error:
+        return [_told(row, str(error)) for row in PROVIDERS.values()]
+    ort.set_default_logger_severity(4)  # the reason is told once, by us
+    return [_probe(ort, row) for row in PROVIDERS.values()]
+
+
+def doctor() -> list[Finding]:
+    """Everything that is known to go wrong around onnxruntime, in the order in which to mend it."""
+    return [*_wheels(), *_drivers(), *_npu(), *_disk(), *_memory()]
+
+
+def add_commands(commands: Any) -> None:
+    """`devices` and `doctor`, for the command line of this package."""
+    told = {
+        "devices": (_devices, "list the execution providers: which start here, and why the others do not"),
+        "doctor": (_doctor, "look for what stands in the way; exits 2 if nothing can run"),
+    }
+    for name, (run, words) in told.items():
+        command = commands.add_parser(name, help=words)
+        command.set_defaults(run=run)
+        command.add_argument("--json", action="store_true", help="print one object on stdout")
+
+
+def _devices(options: argparse.Namespace) -> None:
+    rows = devices()
+    if options.json:
+        print(json.dumps({"devices": [asdict(row) for row in rows]}))
+        return
+    for row in rows:
+        print(f"{row.name:13}{'ready' if row.why is None else 'no'}{', '.join(('', *row.hardware))}")
+        if row.why is not None:
+            print(f"{'':13}{row.why}")
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    findings = doctor()
+    if options.json:
+        print(json.dumps({"findings": [asdict(finding) for finding in findings]}))
+    else:
+        for finding in findings:
+            remedy = f"\n        {finding.remedy}" if finding.remedy else ""
+            print(f"{finding.level:8}{finding.what}: {finding.said}{remedy}")
+    bad = [finding for finding in findings if finding.level == "bad"]
+    if bad:
+        raise ProviderError(f"nothing can run here: {bad[0].said}; {bad[0].remedy}")
+
+
+def _told(row: Provider, why: str | None, hardware: tuple[str, ...] = ()) -> Device:
+    return Device(row.name, row.ort, why, row.install, hardware, row.rows, row.opset, row.precisions)
+
+
+def _probe(ort: ModuleType, row: Provider) -> Device:
+    try:
+        hardware = _hardware(ort, row)
+        _start(ort, row)
+    except ProviderError as error:
+        return _told(row, str(error))
+    return _told(row, None, hardware)
+
+
+def _hardware(ort: ModuleType, row: Provider) -> tuple[str, ...]:
+    found = require(ort, row) or (ort.get_ep_devices() if hasattr(ort, "get_ep_devices") else ())
+    ours = [one for one in found if one.ep_name.lower() == row.ort.lower()]
+    return tuple(f"{one.device.type.name} {one.device.vendor or hex(one.device.vendor_id)}" for one in ours)
+
+
+def _start(ort: ModuleType, row: Provider) -> None:
+    """ProviderError if the provider does not start a graph of one node."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    if row is not CPU and row.name != "vitisai":  # whose compiler may leave so small a graph to the CPU
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    try:
+        add_provider(ort, options, row, {})
+        ran = ort.InferenceSession(_ADD, options, enable_fallback=0).get_providers()[0]
+    except ProviderError:
+        raise
+    except failures(ort) as error:
+        raise ProviderError(f"{row.ort} does not start ({one_line(error)}); {_driver(row)}") from None
+    if ran != row.ort:
+        raise ProviderError(f"{row.ort} does not start, {ran} would stand in; {_driver(row)}")
+
+
+def _driver(row: Provider) -> str:
+    missing = missing_libraries(row)
+    if missing:
+        return f"install the driver that has {', '.join(missing)}"
+    return row.install if row.name in ("cuda", "tensorrt") else "install or update the device's driver"
+
+
+def missing_libraries(row: Provider) -> tuple[str, ...]:
+    """The driver's libraries that the provider needs on this system and that cannot be loaded."""
+    return tuple(name for name in row.libraries.get(sys.platform, ()) if not _loads(name))
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
+
+
+def _wheels() -> Iterator[Finding]:
+    wheels = base_wheels()
+    try:
+        ort = onnxruntime()
+    except ProviderError as error:
+        said, _, remedy = str(error).partition("; ")
+        yield Finding("bad", "onnxruntime", said, remedy)
+        return
+    release = tuple(int(part) for part in ort.__version__.split(".")[:2])
+    said = f"{', '.join(wheels) or 'built by hand'} {ort.__version__}, with {', '.join(ort.get_available_providers())}"
+    known = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
+    if release < OLDEST:
+        yield Finding("bad", "onnxruntime", f"{said}; too old, wanted {known}", f"pip install -U {_wheel(wheels)}")
+    elif release > NEWEST:
+        yield Finding("advice", "onnxruntime", f"{said}; newer than {known}, which it was written against")
+    else:
+        yield Finding("ok", "onnxruntime", said)
+
+
+def _wheel(wheels: dict[str, str]) -> str:
+    return next(iter(wheels), CPU.packages[0])
+
+
+def _drivers() -> Iterator[Finding]:
+    """Of the providers whose package is installed: the driver's libraries, and whether they start."""
+    try:
+        ort = onnxruntime()
+    except ProviderError:
+        return
+    ort.set_default_logger_severity(4)
+    for row in PROVIDERS.values():
+        named = row.ort in ort.get_available_providers() or installed(plugin.package for plugin in row.plugins)
+        if row is CPU or not named:
+            continue
+        device = _probe(ort, row)
+        if device.why is None:
+            yield Finding("ok", row.name, "starts" + (f" on {', '.join(device.hardware)}" if device.hardware else ""))
+        else:
+            said, _, remedy = device.why.rpartition("; ")
+            yield Finding("advice", row.name, said, remedy)
+
+
+def _npu() -> Iterator[Finding]:
+    """AMD's and other NPUs, from the environment and, on Linux, the system's own lists."""
+    amd = os.environ.get("RYZEN_AI_INSTALLATION_PATH")
+    if amd is not None and not Path(amd).is_dir():
+        yield Finding("advice", "Ryzen AI", f"RYZEN_AI_INSTALLATION_PATH is {amd}, no folder", "install Ryzen AI again")
+    elif amd is not None:
+        yield Finding("ok", "Ryzen AI", f"installed in {amd}")
+    nodes = sorted(node.name for node in Path("/dev/accel").glob("accel*"))
+    for kind in _amd_npus():
+        if nodes:
+            yield Finding("ok", "NPU", f"AMD {kind}, driver loaded ({', '.join(nodes)})")
+        else:
+            yield Finding(
+                "advice", "NPU", f"AMD {kind}, no /dev/accel", "install the amdxdna driver (Linux 6.14 has it)"
+            )
+    if nodes and not os.access(f"/dev/accel/{nodes[0]}", os.R_OK | os.W_OK):
+        yield Finding("advice", "NPU", f"/dev/accel/{nodes[0]} may not be opened", "add yourself to the group render")
+
+
+def _amd_npus(root: Path = Path("/sys/bus/pci/devices")) -> list[str]:
+    found = []
+    for folder in sorted(root.glob("*")):
+        try:
+            vendor, device = ((folder / name).read_text(encoding="utf-8").strip() for name in ("vendor", "device"))
+        except OSError:
+            continue
+        if vendor == "0x1022" and device in _AMD_NPUS:
+            found.append(_AMD_NPUS[device])
+    return found
+
+
+def _disk() -> Iterator[Finding]:
+    from epd.catalogue import cache_folder
+
+    folder = cache_folder()
+    there = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+    free = shutil.disk_usage(there).free / _GB
+    if free < 10:  # an SD3 bundle in half precision with its compiled form
+        yield Finding(
+            "advice", "disk", f"{free:.1f} GB free at {folder}", "free 10 GB, or set EPD_CACHE to a folder elsewhere"
+        )
+    else:
+        yield Finding("ok", "disk", f"{free:.0f} GB free at {folder}")
+
+
+def _memory() -> Iterator[Finding]:
+    from .memory import available_bytes
+
+    free = available_bytes()
+    if free is None:
+        yield Finding("advice", "memory", f"{SYSTEMS.get(sys.platform, sys.platform)} does not tell how much is free")
+    elif free / _GB < 8:  # SD 1.5 in full precision peaks near 7 GB
+        yield Finding(
+            "advice", "memory", f"{free / _GB:.1f} GB free", "close programs, or take a half-precision bundle"
+        )
+    else:
+        yield Finding("ok", "memory", f"{free / _GB:.0f} GB free")

@@ -79,8 +79,8 @@ class Pipeline:
         Or several, as in "webgpu,cpu": the backbone is loaded on each and its work divided; all else is the first's,
         and so are the `provider_options`.
     directions : "auto" | "batch" | "calls" | "async" | "spread", optional
-        How the points of a request are run. auto: whatever is fastest here, measured once and kept. None: the same
-        if it was measured before; else spread for several providers, one batch for one.
+        How the points of a request are run. auto: whatever is fastest here, measured once and kept. None: spread for
+        several providers; auto if that was measured before; else batch.
     """
 
     def __init__(

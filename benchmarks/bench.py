@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 
+EVEN = " even"  # ends the name of a solver that runs on evenly spaced network times
 NOISE_SEED = 9_000_000  # of the first image, image i has NOISE_SEED + i; nothing is trained, fitted or chosen by these
 
 

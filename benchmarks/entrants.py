@@ -14,7 +14,7 @@ import epd
 from epd.solve import Solver
 from runtime.slopes import variance_preserving
 
-from .bench import Attempt, Bench
+from .bench import EVEN, Attempt, Bench
 
 DIRECTIONS = (1, 2, 3)  # K of the start tables
 PARALLEL = {"paradigms": epd.parallel.paradigms, "parataa": epd.parallel.parataa}
@@ -69,7 +69,7 @@ def _method(bench: Bench, name: str, calls: int, even: bool = False) -> Attempt 
             scale, end = times[0], math.hypot(1, times[-1])
         solver = epd.solvers.METHODS[name].build(times, bench.flow)
         if asked(solver) <= calls:
-            return Attempt(f"{name} even" if even else name, solver, times, scale, end, calls)
+            return Attempt(name + EVEN if even else name, solver, times, scale, end, calls)
     return None
 
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .bench import EVEN
+
 if TYPE_CHECKING:
     from .quality import Quality, Row
 
@@ -149,7 +151,12 @@ def plot(quality: Quality, file: Path) -> None:
         axes.set_xlabel("sequential calls" if axes is left else "total evaluations of one image")
     left.set_ylabel("PSNR to the converged picture (dB)")
     figure.suptitle(f"{quality.model}, guidance {quality.guidance:g}: {quality.prompts} prompts, 95 % intervals")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+    figure.legend(
+        *left.get_legend_handles_labels(),
+        loc="outside right center",
+        frameon=False,
+        fontsize=8 if len(names) < 36 else 7,
+    )
     partial = file.with_name(f".{file.name}.partial")
     try:
         figure.savefig(partial, format="png")
@@ -170,11 +177,12 @@ def _label(row: Row) -> str:
 
 
 def _look(row: Row) -> dict[str, Any]:
-    """Colour by family, marker by order; tables stand out, what is untrained or parallel in time stands back."""
+    """Colour by family, marker by order, hollow on even times; tables stand out, the untrained and parallel back."""
     if row.kind == "table":
         return {"color": "crimson", "marker": "*", "markersize": 13, "linewidth": 2.0, "zorder": 5}
-    name = _label(row)
+    name = _label(row).removesuffix(EVEN)
     family, _, order = name.replace("=", "_").rpartition("_") if "_" in name or "=" in name else (name, "", "1")
     style = {"solver": "-", "start": ":", "parallel": "--"}[row.kind]
     colour, marker = _COLOURS.get(family, "tab:cyan"), _MARKERS.get(order, "o")
-    return {"color": colour, "marker": marker, "markersize": 4.5, "linewidth": 1.2, "linestyle": style}
+    look = {"color": colour, "marker": marker, "markersize": 4.5, "linewidth": 1.2, "linestyle": style}
+    return look | ({"markerfacecolor": "white", "linewidth": 0.8} if row.solver.endswith(EVEN) else {})

@@ -153,18 +153,25 @@ def fetch(name: str, base: str | None = None, timeout: float = TIMEOUT, progress
 
 
 def cache_folder() -> Path:
-    """Where fetched tables are kept (the folder need not exist yet)."""
+    """Where fetched tables are kept (the folder need not exist yet).
+
+    Raises
+    ------
+    ValueError
+        There is no home directory, and none of EPD_CACHE, LOCALAPPDATA (Windows) and XDG_CACHE_HOME says where.
+    """
     given = os.environ.get("EPD_CACHE")
     if given:
         return Path(given) / "tables"
-    home = Path.home()
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = home / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or home / ".cache"
-    return Path(base) / "epd" / "tables"
+    variable = {"win32": "LOCALAPPDATA", "darwin": ""}.get(sys.platform, "XDG_CACHE_HOME")
+    if base := os.environ.get(variable):
+        return Path(base) / "epd" / "tables"
+    try:
+        home = Path.home()
+    except RuntimeError:
+        raise ValueError("no home directory to keep files in; set EPD_CACHE to a folder") from None
+    below = {"win32": home / "AppData" / "Local", "darwin": home / "Library" / "Caches"}
+    return below.get(sys.platform, home / ".cache") / "epd" / "tables"
 
 
 def _is(file: Path, entry: Published) -> bool:

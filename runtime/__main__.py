@@ -99,7 +99,8 @@ def _parser() -> argparse.ArgumentParser:
         "--directions",
         metavar="WAY",
         help="how the K points of a step run: one batch, calls in turn, async (calls at once), spread over several "
-        "providers, or auto: the fastest here, measured once (default: auto if it was measured before, else batch)",
+        "providers, or auto: the fastest here, measured once (default: spread for several providers; auto if it was "
+        "measured before; else batch)",
     )
     draw.add_argument(
         "-o", "--output", type=_path, metavar="PNG", help="file, or folder (default: MODEL-SEED.png here)"
@@ -376,7 +377,9 @@ def _inspect(options: argparse.Namespace) -> None:
         verify(bundle)
     if options.provider_option and options.provider is None:
         _refuse("--provider-option needs --provider NAME")
-    placed = assignments(bundle, options.provider, _pairs(options.provider_option)) if options.provider else []
+    placed = (
+        assignments(bundle, options.provider, _pairs(options.provider_option)) if options.provider is not None else []
+    )
     if options.json:
         told = {"folder": str(bundle.folder), "foreign": bundle.foreign, "verified": options.verify}
         print(json.dumps(told | asdict(bundle.facts) | ({"assignments": list(map(asdict, placed))} if placed else {})))

@@ -102,14 +102,15 @@ def tells(onnxruntime: ModuleType) -> bool:
 
 
 def recorded(session: Any) -> list[Node] | None:
-    """The nodes of an onnxruntime.InferenceSession; None from an onnxruntime before 1.24, which cannot tell.
+    """The nodes of an onnxruntime.InferenceSession; None where it tells of none, as before 1.24.
 
     The session must have been created with `RECORD`.
     """
     if not hasattr(session, _TELL):
         return None
     subgraphs = session.get_provider_graph_assignment_info()
-    return [Node(node.name, node.op_type, part.ep_name) for part in subgraphs for node in part.get_nodes()]
+    nodes = [Node(node.name, node.op_type, part.ep_name) for part in subgraphs for node in part.get_nodes()]
+    return nodes or None
 
 
 def assign(component: str, asked: str, nodes: Sequence[Node], macs: Mapping[str, int]) -> Assignment:
@@ -148,13 +149,18 @@ def summary(assignments: Iterable[Assignment | None]) -> dict[str, Any]:
     """Of several components: what `generate --json` says of its provider; None is one whose nodes are not known.
 
     `nodes`: provider -> number, None where none are known. `macs_share`: component -> share of its compute on the
-    provider that was asked for, None where its bundle does not give the compute. `fallbacks`: what ran elsewhere.
+    provider that was asked for, None where its bundle does not give the compute; a component on several providers has
+    an entry for each, `COMPONENT on PROVIDER`. `fallbacks`: what ran elsewhere.
     """
     known = [one for one in assignments if one is not None]
     nodes = sum((Counter(one.nodes) for one in known), Counter())
+    asked: defaultdict[str, set[str]] = defaultdict(set)
+    for one in known:
+        asked[one.component].add(one.asked)
+    names = [f"{one.component} on {one.asked}" if len(asked[one.component]) > 1 else one.component for one in known]
     return {
         "nodes": dict(nodes) or None,
-        "macs_share": {one.component: one.share if one.by_compute else None for one in known},
+        "macs_share": {name: one.share if one.by_compute else None for name, one in zip(names, known, strict=True)},
         "fallbacks": [{"component": one.component} | asdict(part) for one in known for part in one.fallbacks],
     }
 

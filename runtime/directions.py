@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
 
 import epd
@@ -139,7 +140,11 @@ class Profile:
     def __init__(self, key: Mapping[str, Any], clock: Clock = time.perf_counter) -> None:
         self.key, self.clock, self.anew = json.loads(json.dumps(key)), clock, False
         digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()
-        self.file = cache_folder() / "directions" / f"{digest[:24]}.json"
+        self.file: Path | None = None
+        try:
+            self.file = cache_folder() / "directions" / f"{digest[:24]}.json"
+        except ValueError as error:  # nothing is kept
+            log.info("%s", error)
         self.seconds = self._read()
 
     def need(self, tasks: Mapping[str, Callable[[], object]]) -> dict[str, float]:
@@ -154,6 +159,8 @@ class Profile:
     def _keep(self) -> None:
         """A cache that cannot be written is told, not an error."""
         content = json.dumps({"format": 1, "key": self.key, "seconds": self.seconds}, indent=1)
+        if self.file is None:
+            return
         whole = self.file.with_name(f"{self.file.name}.{os.getpid()}.partial")
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -167,6 +174,8 @@ class Profile:
 
     def _read(self) -> dict[str, float]:
         """Nothing where the file is not there, damaged, or of another question: it is measured anew then."""
+        if self.file is None:
+            return {}
         try:
             found = json.loads(self.file.read_text(encoding="utf-8"))
             seconds = {str(name): float(value) for name, value in found["seconds"].items()}
@@ -197,8 +206,8 @@ def settle(slopes: Slopes, asked: str | None, points: epd.Points, profile: Profi
     Parameters
     ----------
     asked : str, optional
-        A key of `LANES`; or "auto": the fastest here. None: the fastest if that was measured before, else `spread`
-        where there are several sessions, else what `slopes` has already.
+        A key of `LANES`; or "auto": the fastest here. None: `spread` where there are several sessions, else the
+        fastest if that was measured before, else what `slopes` has already.
     points : epd.Points
         Of the shape of the widest request that is to come.
 

@@ -5,6 +5,7 @@ Knows nothing of bundles, graphs or what ran where. Imports onnxruntime when ask
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
@@ -106,7 +107,8 @@ def add_provider(
             options.add_session_config_entry(row.prefix + name, value)
         passed = {}
     if row.libraries is NVIDIA and hasattr(ort, "preload_dlls"):
-        ort.preload_dlls()  # CUDA and cuDNN out of NVIDIA's wheels
+        with contextlib.redirect_stdout(sys.stderr):  # it prints what it misses; stdout may be a JSON object
+            ort.preload_dlls()  # CUDA and cuDNN out of NVIDIA's wheels
     if shared:
         return [(row.ort, passed)]
     options.add_provider(row.ort, passed)

@@ -26,7 +26,7 @@ import epd
 from .assignment import Assignment, Fallback, fallback_of, summary
 from .bundle import Bundle
 from .directions import Directions, Profile, check, machine, settle
-from .errors import NotFiniteError, RequestError
+from .errors import NotFiniteError, ProviderError, RequestError
 from .facts import REQUIRED
 from .memory import peak_rss_bytes
 from .noise import Stream
@@ -79,8 +79,8 @@ class Pipeline:
         Or several, as in "webgpu,cpu": the backbone is loaded on each and its work divided; all else is the first's,
         and so are the `provider_options`.
     directions : "auto" | "batch" | "calls" | "async" | "spread", optional
-        How the points of a request are run. auto: whatever is fastest here, measured once and kept. None: the same
-        if it was measured before; else spread for several providers, one batch for one.
+        How the points of a request are run. auto: whatever is fastest here, measured once and kept. None: spread for
+        several providers; auto if that was measured before; else batch.
     """
 
     def __init__(
@@ -97,6 +97,8 @@ class Pipeline:
         rows = [provider_of(one.strip()) for one in provider.split(",")]  # a wrong one is told now
         check_options(rows[0], provider_options or {})
         check(directions, len(rows))
+        if session_options is not None and len(rows) > 1:
+            raise ProviderError("session_options are made for one provider; leave them out, or name one provider")
         self._providers = [row.ort for row in rows]
         self.bundle, self.provider, self.directions = bundle, provider, directions
         self.options = dict(provider_options or {})  # of the first provider

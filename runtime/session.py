@@ -160,7 +160,7 @@ class Session:
         placed = assignment.assign(self.component, self.provider, nodes, macs)
         if self.component == self.bundle.backbone or self.fallback == "never":
             assignment.check(placed, self.fallback)
-        if self.assignment is None and placed.share < 1:
+        if self.assignment is None and placed.fallbacks:
             log.warning("%s", placed)
         self.assignment = placed
 

@@ -54,6 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"export.lint: {error.filename or given.path}: {error.strerror or error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("export.lint: stopped", file=sys.stderr)
+        return 130
     failed = any(not one.advice for one in found)
     if given.json:
         graphs = [str(file) for file in files]

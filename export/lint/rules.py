@@ -29,9 +29,9 @@ _KERNELS = "ONNX Runtime, docs/OperatorKernels.md, DmlExecutionProvider"
 _DIRECTML = f"ONNX Runtime DirectML documentation, {_ORT}DirectML-ExecutionProvider.html"
 _DML = "Microsoft DirectML constants, https://learn.microsoft.com/windows/ai/directml/directml-constants"
 
-_STATIC = "export it with fixed rows: `python -m export MODEL --target {target}`"
-_OPSET = "export it with an opset in that range: `python -m export MODEL --target {target}`"
-_OPERATOR = "export with `--target {target}`, or write it with other operators before the export"
+_STATIC = "fix its rows and sizes: `python -m onnxruntime.tools.make_dynamic_shape_fixed`, or an export for {target}"
+_OPSET = "export it with --opset in that range"
+_OPERATOR = "write it with other operators before the export to {target}"
 _BRANCH = "give the choice before the export, so that the graph has no branch and no loop"
 _RANK = "split it by Reshape into tensors of fewer axes"
 _DTYPE = "export with --dtype fp16 or fp32, and cast at the graph's border"
@@ -155,7 +155,7 @@ TARGETS: dict[str, tuple[Rule, ...]] = {
             checks.rows,
             1,
             "AMD Ryzen AI documentation, November 2026: batch 1; AMD's own Stable Diffusion 3 takes 2 rows",
-            "nothing, if it compiles; else export it with one row: --no-cfg, or guidance as two calls",
+            "nothing, if it compiles; else fix it to one row, and run guidance as two calls",
             advice=True,
         ),
         Rule(

@@ -287,3 +287,15 @@ def test_help_says_that_nothing_is_redistributed(capsys):
     with pytest.raises(SystemExit):
         main(["fetch", "--help"])
     assert "do not redistribute" in " ".join(capsys.readouterr().out.split())
+
+
+def test_without_a_home_the_folder_must_be_named(monkeypatch):
+    for variable in ("EPD_CACHE", "LOCALAPPDATA", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(catalogue.Path, "home", homeless)
+    with pytest.raises(ValueError, match="EPD_CACHE"):
+        catalogue.cache_folder()

@@ -152,7 +152,7 @@ def test_the_dynamic_backbone_that_comes_along(target: str):
     findings = [one for one in lint(graph_files(SHIPPED, "transformer"), target) if one.rule == "static-shapes"]
     names = ["hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"]
     assert [one.where for one in findings] == names
-    assert "--target" in findings[0].remedy
+    assert "make_dynamic_shape_fixed" in findings[0].remedy
     assert findings[0].source
 
 

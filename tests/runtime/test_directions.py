@@ -18,7 +18,7 @@ from runtime import directions
 from runtime.__main__ import main
 from runtime.bundle import Bundle
 from runtime.directions import LANES, Profile, Speed, at_once, check, settle, share
-from runtime.errors import RequestError
+from runtime.errors import ProviderError, RequestError
 from runtime.pipeline import Pipeline
 from runtime.session import Session
 from runtime.slopes import Slopes, directions_of
@@ -457,3 +457,8 @@ def test_generate_on_two_providers(bundles, tmp_path, capsys, caplog):
         assert main([*draw, *wrong]) == 2
     assert main(["fit", *model[1:], "--provider", "cpu,cpu"]) == 2
     assert "fitting runs on one provider" in capsys.readouterr().err
+
+
+def test_session_options_are_for_one_provider():
+    with pytest.raises(ProviderError, match="one provider"):
+        Pipeline.from_pretrained("shapes-sd3", provider="cpu,cpu", session_options=onnxruntime.SessionOptions())

@@ -1,48 +1,39 @@
 """Ways to carry out a request of several points: in which calls, on which sessions, in turn or at once; which is best.
 
 A *unit* is one image at one point, its guided pair with it: it is never divided. A request's units are ordered (point,
-image). What was measured here is kept in the user's cache, one JSON file a question. Knows nothing of models or
-guidance, and does not see that a device has got slower since: remove the folder `directions` of the cache to ask anew.
+image). What calls cost here is measured once and kept (`runtime.profiles`): that of a call depends on its rows alone,
+so that two images of one direction tell what one image of two takes. Knows nothing of models.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import copy
-import hashlib
-import json
 import logging
-import math
-import os
-import platform
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar, cast
+
+import numpy as np
 
 import epd
-from epd.catalogue import cache_folder
 
 from .errors import RequestError
+from .profiles import Profile
 
 if TYPE_CHECKING:
     from .slopes import Slopes
 
 Directions = Literal["batch", "calls", "async", "spread"]
 Value = TypeVar("Value")
-Clock = Callable[[], float]  # seconds, of any origin
 
-RUNS = 5  # timed, of everything that is measured; the first one more does not count
 _CLOSE = 1.03  # a way of less is taken if it costs at most so much more
 _ONE_AT_A_TIME = ("DmlExecutionProvider",)  # no concurrent calls on one session: its own documentation
 _WHY_NOT = {
     "batch": "this graph takes one timestep for all rows, so its points cannot be one batch",
     "async": "this provider allows one call at a time on a session",
 }
-_POINT = "a point"  # name of the time that one point takes
 log = logging.getLogger(__name__)
 
 
@@ -104,90 +95,39 @@ def share(units: int, speeds: Sequence[Speed]) -> list[int]:
 
 
 def at_once(tasks: Sequence[Callable[[], Value]], stop: Callable[[], None]) -> list[Value]:
-    """Results of the tasks in their order, each run in a thread of its own; of several errors, the first task's.
+    """Results of the tasks in their order, each run in a thread of its own.
 
-    Ctrl-C calls `stop` until all have ended.
+    An error, or Ctrl-C, calls `stop` until all others have ended. Of several errors the one that came first is raised;
+    of those that came at once, the first task's.
     """
     with concurrent.futures.ThreadPoolExecutor(len(tasks)) as threads:
         futures = [threads.submit(task) for task in tasks]
         try:
-            while concurrent.futures.wait(futures, timeout=0.2).not_done:  # Windows sees Ctrl-C between two waits
+            while _waits(futures, 0.2) and not any(map(_failed, futures)):  # Windows sees Ctrl-C between two waits
                 pass
+            first = next(filter(_failed, futures), None)
+            if first is not None:
+                _end(futures, stop)
         except KeyboardInterrupt:
-            stop()  # a call that was about to begin is ended by the next one
-            while concurrent.futures.wait(futures, timeout=0.05).not_done:
-                stop()
+            _end(futures, stop)
             raise
-        return [future.result() for future in futures]
+        return [future.result() for future in ([first] if first is not None else futures)]
 
 
-def measure(tasks: Mapping[str, Callable[[], object]], clock: Clock) -> dict[str, float]:
-    """Seconds of each task: the median of RUNS, the tasks taking turns, after one of each that does not count."""
-    for task in tasks.values():
-        task()
-    seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    for _ in range(RUNS):
-        for name, task in tasks.items():
-            started = clock()
-            task()
-            seconds[name].append(clock() - started)
-    return {name: statistics.median(taken) for name, taken in seconds.items()}
+def _waits(futures: Sequence[concurrent.futures.Future[Value]], seconds: float) -> bool:
+    """Whether some have not ended after so long, or when one failed."""
+    return bool(concurrent.futures.wait(futures, seconds, concurrent.futures.FIRST_EXCEPTION).not_done)
 
 
-class Profile:
-    """What was measured of one question (`key`: all that it depends on): name -> seconds, kept in the user's cache."""
-
-    def __init__(self, key: Mapping[str, Any], clock: Clock = time.perf_counter) -> None:
-        self.key, self.clock, self.anew = json.loads(json.dumps(key)), clock, False
-        digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()
-        self.file: Path | None = None
-        try:
-            self.file = cache_folder() / "directions" / f"{digest[:24]}.json"
-        except ValueError as error:  # nothing is kept
-            log.info("%s", error)
-        self.seconds = self._read()
-
-    def need(self, tasks: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-        """Seconds of each task; those not known yet are measured, together, and kept."""
-        if missing := {name: task for name, task in tasks.items() if name not in self.seconds}:
-            log.warning("measuring, once for this device: %s", ", ".join(missing))
-            self.seconds |= measure(missing, self.clock)
-            self.anew = True
-            self._keep()
-        return {name: self.seconds[name] for name in tasks}
-
-    def _keep(self) -> None:
-        """A cache that cannot be written is told, not an error."""
-        content = json.dumps({"format": 1, "key": self.key, "seconds": self.seconds}, indent=1)
-        if self.file is None:
-            return
-        whole = self.file.with_name(f"{self.file.name}.{os.getpid()}.partial")
-        try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                whole.write_text(content, encoding="utf-8")
-                os.replace(whole, self.file)
-            finally:
-                whole.unlink(missing_ok=True)
-        except OSError as error:
-            log.warning("%s: %s; what was measured is not kept", self.file, error.strerror)
-
-    def _read(self) -> dict[str, float]:
-        """Nothing where the file is not there, damaged, or of another question: it is measured anew then."""
-        if self.file is None:
-            return {}
-        try:
-            found = json.loads(self.file.read_text(encoding="utf-8"))
-            seconds = {str(name): float(value) for name, value in found["seconds"].items()}
-            right = found["format"] == 1 and found["key"] == self.key
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return {}
-        return seconds if right and all(0 < value < math.inf for value in seconds.values()) else {}
+def _failed(future: concurrent.futures.Future[Value]) -> bool:
+    return future.done() and future.exception() is not None
 
 
-def machine() -> dict[str, Any]:
-    """What tells this machine from another that shares its cache."""
-    return {"node": platform.node(), "processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+def _end(futures: Sequence[concurrent.futures.Future[Value]], stop: Callable[[], None]) -> None:
+    """A call that was about to begin is ended by the next `stop`."""
+    stop()
+    while concurrent.futures.wait(futures, 0.05).not_done:
+        stop()
 
 
 def check(asked: str | None, providers: int) -> None:
@@ -222,10 +162,10 @@ def settle(slopes: Slopes, asked: str | None, points: epd.Points, profile: Profi
     if len(points.x) == 1:  # these are then one call of all images
         ways = tuple(way for way in ways if way in (ways[0], "spread"))
     several = len(slopes.sessions) > 1
-    if asked is None and not several and len(ways) > 1 and profile.seconds.keys() >= {_POINT, *ways}:
-        asked = "auto"
     trial = copy.copy(slopes)  # which counts for itself
     trial.interval = None  # guided everywhere, if at all
+    if asked is None and not several and len(ways) > 1 and profile.known(tasks_of(trial, ways, points)):
+        asked = "auto"
     if several:
         slopes.speeds = trial.speeds = _speeds(trial, points, profile)
         asked = asked or "spread"
@@ -246,35 +186,69 @@ def possible(slopes: Slopes) -> tuple[Directions, ...]:
     return tuple(way for way in LANES if able.get(way, True))
 
 
+def one_call(slopes: Slopes, points: epd.Points, rows: int, session: int = 0) -> tuple[str, Callable[[], object]]:
+    """One call of so many rows, the points' first state in all of them, on the session of that index: name and task."""
+    chosen = slopes.sessions[session]
+    alone = slopes.part(slice(0, 1), 1.0)  # not guided: a unit is a row
+    alone.sessions, alone.directions = (chosen,), "calls"
+    where = f" on {chosen.provider} {session}" if session else ""
+    state = np.repeat(points.x[:1, :1], rows, 1)
+    return f"{rows} row{'s' * (rows > 1)}{where}", partial(alone, epd.Points(state, points.t[:1]))
+
+
+class Work(NamedTuple):
+    """What a way makes of a request: `times` a task."""
+
+    name: str
+    task: Callable[[], object]
+    times: int = 1
+
+
+def work_of(slopes: Slopes, way: Directions, points: epd.Points) -> Work:
+    """Of a request whose units are all guided, if `slopes` is."""
+    count, images = points.x.shape[:2]
+    rows = images * slopes.halves
+    if way in ("batch", "calls"):
+        batch = way == "batch"
+        return Work(*one_call(slopes, points, count * rows if batch else rows), 1 if batch else count)
+    runner = copy.copy(slopes)
+    runner.directions = way
+    if way == "async":
+        return Work(f"{count} calls of {rows} rows at once", partial(runner, points))
+    shares = " + ".join(map(str, share(count * images, slopes.speeds)))
+    return Work(f"{shares} units of {slopes.halves} rows, spread", partial(runner, points))
+
+
+def tasks_of(slopes: Slopes, ways: Sequence[Directions], points: epd.Points) -> dict[str, Callable[[], object]]:
+    """What has to be measured to choose among the ways: each one's task, and the call that they are compared with."""
+    works = (work_of(slopes, way, points) for way in ("calls", *ways))
+    return {work.name: work.task for work in works}
+
+
 def _speeds(trial: Slopes, points: epd.Points, profile: Profile) -> tuple[Speed, ...]:
     """Of every session, alone."""
-    first, units = epd.Points(points.x[:1, :1], points.t[:1]), points.x.shape[0] * points.x.shape[1]
-    tasks: dict[str, Callable[[], object]] = {}
-    names = [(f"unit on {s.provider} {i}", f"{units} units on {s.provider} {i}") for i, s in enumerate(trial.sessions)]
-    for session, (one, many) in zip(trial.sessions, names, strict=True):
-        alone = copy.copy(trial)
-        alone.sessions, alone.directions = (session,), possible(trial)[0]
-        tasks |= {one: partial(alone, first), many: partial(alone, points)}
-    seconds = profile.need(tasks)
-    return tuple(Speed(seconds[one], seconds[many], units) for one, many in names)
+    units = points.x.shape[0] * points.x.shape[1]
+    pairs = [
+        [one_call(trial, points, count * trial.halves, session) for count in (1, units)]
+        for session in range(len(trial.sessions))
+    ]
+    found = profile.need(dict(task for pair in pairs for task in pair))
+    return tuple(Speed(*(found[name].seconds for name, _ in pair), units) for pair in pairs)
 
 
 def _fastest(trial: Slopes, ways: Sequence[Directions], points: epd.Points, profile: Profile) -> Directions:
     """By the clock; of several that are close, the simplest. Says so, where there is a choice."""
     if len(ways) == 1:
         return ways[0]
-    tasks: dict[str, Callable[[], object]] = {_POINT: partial(trial, epd.Points(points.x[:1], points.t[:1]))}
-    for way in ways:
-        runner = copy.copy(trial)
-        runner.directions = way
-        tasks[way] = partial(runner, points)
-    seconds = profile.need(tasks)
-    chosen = next(way for way in ways if seconds[way] <= _CLOSE * min(seconds[way] for way in ways))
-    cost = {way: f"{seconds[way] / seconds[_POINT]:.2f}" for way in ways}
-    others = ", ".join(f"{way} {cost[way]}" for way in ways if way != chosen)
+    found = profile.need(tasks_of(trial, ways, points))
+    works = {way: work_of(trial, way, points) for way in ways}
+    call = found[work_of(trial, "calls", points).name].seconds
+    cost = {way: work.times * found[work.name].seconds / call for way, work in works.items()}  # in calls of one point
+    chosen = next(way for way in ways if cost[way] <= _CLOSE * min(cost.values()))
+    others = ", ".join(f"{way} {cost[way]:.2f}" for way in ways if way != chosen)
     log.warning(
-        "%s: %d direction%s cost %s calls here; %s (a call: %.3g s, %s)",
-        chosen, len(points.x), "s" * (len(points.x) > 1), cost[chosen], others, seconds[_POINT],
+        "%s: %d direction%s cost %.2f calls here; %s (a call: %.3g s, %s)",
+        chosen, len(points.x), "s" * (len(points.x) > 1), cost[chosen], others, call,
         "measured now" if profile.anew else f"measured before: {profile.file}",
     )  # fmt: skip
     return chosen

@@ -25,13 +25,14 @@ import epd
 
 from .assignment import Assignment, Fallback, fallback_of, summary
 from .bundle import Bundle
-from .directions import Directions, Profile, check, machine, settle
+from .directions import Directions, check, settle
 from .errors import NotFiniteError, ProviderError, RequestError
 from .facts import REQUIRED
 from .memory import peak_rss_bytes
 from .noise import Stream
-from .ort import onnxruntime
+from .ort import base_wheels, installed, onnxruntime
 from .plan import Plan, make_plan
+from .profiles import Profile, machine
 from .providers import check_options, provider_of
 from .session import Session
 from .slopes import Slopes, directions_of
@@ -313,6 +314,24 @@ class Pipeline:
         files = sorted(bundle.folder.glob("*/*.onnx*")) if bundle.foreign else []
         return bundle.fingerprint() or repr([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
 
+    def profile(self, plan: Plan) -> Profile:
+        """What is known here of the speed of this bundle's backbone, at the size of a plan."""
+        options = self._options["session_options"]
+        settings = ("intra_op_num_threads", "inter_op_num_threads", "execution_mode", "graph_optimization_level")
+        rows = [provider_of(name) for name in self._providers]
+        plugins = [plugin.package for row in rows for plugin in row.plugins]
+        return Profile(
+            {
+                "bundle": self.identity(),
+                "providers": self._providers,
+                "options": self.options,
+                "latent": plan.latent_shape,
+                "session": [str(getattr(options, name, "")) for name in settings],
+                "packages": {"onnxruntime": onnxruntime().__version__} | base_wheels() | installed(plugins),
+                "machine": machine(),
+            }
+        )
+
     def _session(self, component: str, index: int = 0) -> Session:
         """Of a component, on the provider of that index."""
         name = f"{component} {index}" if index else component
@@ -326,7 +345,7 @@ class Pipeline:
     def _settle(self, plan: Plan, slopes: Slopes, x: NDArray[np.float64], clock: _Clock) -> None:
         """The way to run the plan's directions, x (B, C, h, w) its first state; the clock has what measuring took."""
         times = plan.times[0] * np.linspace(1, 0.9, plan.points)  # each of its own, as in the requests to come
-        profile = Profile(self._key(plan))
+        profile = self.profile(plan)
         settle(slopes, self.directions, epd.Points(np.repeat(x[None], plan.points, 0), times), profile)
         if profile.anew:
             clock.lap("measure")
@@ -336,25 +355,9 @@ class Pipeline:
                 slopes.backbone.path,
             )
 
-    def _key(self, plan: Plan) -> dict[str, Any]:
-        """All that the best way to run the plan's directions depends on."""
-        options = self._options["session_options"]
-        threads = [getattr(options, name, 0) for name in ("intra_op_num_threads", "inter_op_num_threads")]
-        return {
-            "bundle": self.identity(),
-            "providers": self._providers,
-            "options": self.options,
-            "points": plan.points,
-            "rows": plan.points * len(plan.seeds) * (2 if plan.guided else 1),
-            "latent": plan.latent_shape,
-            "threads": threads,
-            "onnxruntime": onnxruntime().__version__,
-            "machine": machine(),
-        }
-
     def _report(self, plan: Plan, last: epd.Step, slopes: Slopes, clock: _Clock) -> Report:
         assignments = [session.assignment for session in self._sessions.values()]
-        facts, ran = self.bundle.facts, slopes.sessions if slopes.directions == "spread" else slopes.sessions[:1]
+        facts, ran = self.bundle.facts, [slopes.sessions[index] for index in sorted(slopes.ran)]
         return Report(
             seeds=plan.seeds,
             prompt=plan.prompt,

@@ -58,6 +58,8 @@ class Slopes:
         Of each session; until they are measured (`runtime.directions.settle`), all the same.
     guided_forwards : int
         Rows evaluated so far.
+    ran : frozenset of int
+        Indices of the sessions that have had something to do.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Slopes:
         self.guidance, self.directions, self.interval = guidance, directions, interval
         self._facts = facts
         self.guided_forwards = 0
+        self.ran: frozenset[int] = frozenset()
         rank = {tensor.name: len(tensor.shape) for tensor in backbone.inputs}
         self._conditioning = {  # (H, 1 or B, ...)
             name: value if value.ndim > rank.get(name, 0) else value[:, None] for name, value in conditioning.items()
@@ -103,6 +106,11 @@ class Slopes:
         """Whether the graph takes a timestep for every row."""
         return _per_row(self._times_shape)
 
+    @property
+    def halves(self) -> int:
+        """Rows of a unit where guidance applies: 2, or 1 without guidance."""
+        return self._halves
+
     def part(self, images: slice, guidance: float) -> Slopes:
         """The same network told of some of the images only, at a guidance scale of their own (above 1 only if this is).
 
@@ -123,6 +131,7 @@ class Slopes:
         tasks = [partial(self._lane, lane, units, t.ravel(), image) for lane in lanes]
         done = [tasks[0]()] if len(tasks) == 1 else at_once(tasks, self._stop)
         self.guided_forwards += sum(rows for _, rows in done)
+        self.ran |= {lane.session for lane in lanes}
         return np.concatenate([slopes for slopes, _ in done]).reshape(x.shape)
 
     def _lane(self, lane: Lane, x: Array, t: Array, image: NDArray[np.intp]) -> tuple[Array, int]:

@@ -1,0 +1,186 @@
+"""What calls cost here: tasks measured in turns, and a file of the results for each device, in the user's cache.
+
+Costs are compared only within one *sitting*, for the machine may have been slower in another one. A sitting in which
+the runs of a task differ by more than BUSY is made again, and not kept if that is no better. Knows nothing of sessions
+or models, and does not see that a device has got slower since, nor a driver's version outside Linux: `python -m
+benchmarks scaling` measures anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from epd.catalogue import cache_folder
+
+Clock = Callable[[], float]  # seconds, of any origin
+Tasks = Mapping[str, Callable[[], object]]  # what is done, in words -> doing it
+
+RUNS = 5  # timed, of everything that is measured; the first one more does not count
+BUSY = 1.5  # upper over lower quartile of a task's runs, above which the machine was busy with something else, too
+_FORMAT = 2
+_ENVIRONMENT = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "RYZEN_AI_INSTALLATION_PATH", "VK_ICD_FILENAMES")
+_DRIVERS = (  # Linux: the version of a driver, for itself or in a line of text
+    "/proc/driver/nvidia/version",
+    "/sys/module/amdxdna/version",
+    "/sys/module/amdgpu/version",
+    "/sys/module/intel_vpu/version",
+)
+log = logging.getLogger(__name__)
+
+
+class Timing(NamedTuple):
+    """Seconds of one task: the median of its runs, and their quartiles."""
+
+    seconds: float
+    low: float
+    high: float
+
+    @property
+    def busy(self) -> bool:
+        return self.high > BUSY * self.low
+
+
+Timings = dict[str, Timing]
+
+
+def timing(runs: Collection[float]) -> Timing:
+    """Of two runs or more, in seconds."""
+    low, middle, high = statistics.quantiles(runs, n=4, method="inclusive")
+    return Timing(middle, low, high)
+
+
+def measure(tasks: Tasks, clock: Clock, runs: int = RUNS) -> Timings:
+    """What each task takes in `runs` of it, the tasks taking turns, after one of each that does not count."""
+    for task in tasks.values():
+        task()
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    for _ in range(runs):
+        for name, task in tasks.items():
+            started = clock()
+            task()
+            seconds[name].append(clock() - started)
+    return {name: timing(taken) for name, taken in seconds.items()}
+
+
+class Profile:
+    """What is known of one device (`key`: all that its speed depends on): sittings, the newest first.
+
+    Attributes
+    ----------
+    file : Path, optional
+        Where it is kept; None: there is no place.
+    anew, kept : bool
+        Whether something was measured by this object; whether all of that is in the file.
+    """
+
+    def __init__(self, key: Mapping[str, Any], clock: Clock = time.perf_counter) -> None:
+        self.key, self.clock, self.anew, self.kept = json.loads(json.dumps(key)), clock, False, True
+        digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()
+        self.file: Path | None = None
+        try:
+            self.file = cache_folder() / "directions" / f"{digest[:24]}.json"
+        except ValueError as error:  # nothing is kept
+            log.info("%s", error)
+        self.sittings = self._read()
+
+    def known(self, names: Iterable[str]) -> Timings | None:
+        """Timings of one sitting that has all of them, the newest; None if there is none."""
+        wanted = list(names)
+        found = next((sitting for sitting in self.sittings if sitting.keys() >= set(wanted)), None)
+        return None if found is None else {name: found[name] for name in wanted}
+
+    def need(self, tasks: Tasks) -> Timings:
+        """What each task takes: as it is known, else measured, all of them, and kept."""
+        found = self.known(tasks)
+        if found is None:
+            log.warning("measuring, once for this device: %s", ", ".join(tasks))
+            found = self.sit(tasks)
+        return found
+
+    def sit(self, tasks: Tasks, runs: int = RUNS, *, alone: bool = False) -> Timings:
+        """Measures the tasks and keeps the result, unless the machine was busy; `alone`: in place of all there was."""
+        self.anew = True
+        found = measure(tasks, self.clock, runs)
+        if _busy(found):
+            log.warning("the machine was busy with something else (%s); measuring again", _busy(found))
+            found = measure(tasks, self.clock, runs)
+        if _busy(found):
+            self.kept = False
+            log.warning("the machine is still busy (%s): what was measured is used now and not kept", _busy(found))
+        else:
+            others = [] if alone else [sitting for sitting in self.sittings if sitting.keys() - found.keys()]
+            self.sittings = [found, *others]
+            self._keep()
+        return found
+
+    def _keep(self) -> None:
+        """A cache that cannot be written is told, not an error."""
+        content = json.dumps({"format": _FORMAT, "key": self.key, "sittings": self.sittings}, indent=1)
+        if self.file is None:
+            self.kept = False
+            return
+        whole = self.file.with_name(f"{self.file.name}.{os.getpid()}.partial")
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                whole.write_text(content, encoding="utf-8")
+                os.replace(whole, self.file)
+            finally:
+                whole.unlink(missing_ok=True)
+        except OSError as error:
+            self.kept = False
+            log.warning("%s: %s; what was measured is not kept", self.file, error.strerror)
+
+    def _read(self) -> list[Timings]:
+        """Nothing where the file is not there, damaged, or of another question: it is measured anew then."""
+        if self.file is None:
+            return []
+        try:
+            found = json.loads(self.file.read_text(encoding="utf-8"))
+            sittings = [
+                {str(name): Timing(*map(float, taken)) for name, taken in sitting.items()}
+                for sitting in found["sittings"]
+            ]
+            right = found["format"] == _FORMAT and found["key"] == self.key
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return []
+        numbers = [value for sitting in sittings for taken in sitting.values() for value in taken]
+        return sittings if right and all(0 < value < math.inf for value in numbers) else []
+
+
+def _busy(found: Timings) -> str:
+    """The task whose runs differ most, in words; empty if none differ by more than BUSY."""
+    name, worst = max(found.items(), key=lambda item: item[1].high / item[1].low if item[1].low > 0 else math.inf)
+    return f"{name}: {worst.low:.3g} to {worst.high:.3g} s" if worst.busy else ""
+
+
+def machine() -> dict[str, Any]:
+    """What tells this machine, as it is set up, from another that shares its cache."""
+    return {
+        "node": platform.node(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": usable_cores(),
+        "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+        "drivers": drivers(),
+    }
+
+
+def usable_cores() -> int | None:
+    """Logical processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def drivers() -> dict[str, str]:
+    """Versions of the accelerators' drivers, by the file that tells them; Linux only."""
+    files = {name: Path(name) for name in _DRIVERS}
+    return {name: file.read_text(encoding="utf-8").split("\n")[0] for name, file in files.items() if file.is_file()}

@@ -1,4 +1,4 @@
-"""python -m benchmarks quality|orders"""
+"""python -m benchmarks latency|scaling|quality|orders"""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import sys
 
 from runtime.__main__ import carried_out
 
-from . import orders, quality
+from . import latency, orders, quality, scaling
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; 0, 2 for a user's mistake (one line on stderr), 130 for Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure solvers and models.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure devices, solvers and models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    quality.add(commands)
-    orders.add(commands)
+    for module in (latency, scaling, quality, orders):
+        module.add(commands)
     return carried_out(parser.parse_args(arguments))
 
 

@@ -31,6 +31,7 @@ from runtime.interval import Interval, interval
 from runtime.judge import psnr
 
 from .bench import Attempt, Bench, shown
+from .common import add_outputs, check_outputs, write
 from .entrants import entrants, references
 
 if TYPE_CHECKING:
@@ -163,10 +164,7 @@ def add(commands: Any) -> None:
     command.add_argument("--batch", type=int, default=16, metavar="B", help="images at once (default 16)")
     command.add_argument("--work", type=Path, metavar="DIR", help="keep latents here; a run that was stopped goes on")
     command.add_argument("--provider", default="cpu", metavar="NAME", help="ONNX Runtime execution provider")
-    command.add_argument("--json", action="store_true", help="print one object on stdout in place of the tables")
-    command.add_argument("--csv", type=Path, metavar="FILE", help="write it as CSV, too")
-    command.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables, too")
-    command.add_argument("--plot", type=Path, metavar="PNG", help="draw it (needs matplotlib: the extra `plot`)")
+    add_outputs(command)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -192,9 +190,9 @@ def _run(options: argparse.Namespace) -> None:
 
         quality = measure(bench, attempts, scenes, options.reference_steps, progress)
     if options.csv is not None:
-        _write(options.csv, report.comma_separated(quality))
+        write(options.csv, report.comma_separated(quality))
     if options.markdown is not None:
-        _write(options.markdown, report.markdown(quality))
+        write(options.markdown, report.markdown(quality))
     if options.plot is not None:
         report.plot(quality, options.plot)
     print(json.dumps(quality.to_json(), allow_nan=False) if options.json else report.markdown(quality))
@@ -202,8 +200,6 @@ def _run(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     """Refuses what cannot work before anything is run."""
-    from importlib.util import find_spec
-
     from runtime.errors import RequestError
 
     if min(*options.calls, options.reference_steps, options.batch) < 1 or options.count < 2:
@@ -213,11 +209,7 @@ def _check(options: argparse.Namespace) -> None:
             f"--reference-steps {options.reference_steps} must be above the largest of --calls, {max(options.calls)}: "
             "references as coarse as what they judge may agree by chance"
         )
-    if options.plot is not None and find_spec("matplotlib") is None:
-        raise RequestError("--plot needs matplotlib; install the extra: pip install 'epd-toolkit[plot]'")
-    for file in (options.csv, options.markdown, options.plot):
-        if file is not None and not file.parent.is_dir():
-            raise RequestError(f"{file}: no such folder; make it first")
+    check_outputs(options)
 
 
 def _prompts(options: argparse.Namespace, source: str, height: int) -> tuple[list[str], list[Scene] | None]:
@@ -242,12 +234,3 @@ def _prompts(options: argparse.Namespace, source: str, height: int) -> tuple[lis
         return prompts, [parse(prompt) for prompt in prompts] if height == SIZE else None
     except ValueError:
         return prompts, None
-
-
-def _write(file: Path, text: str) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .bench import EVEN
+from .common import save, table
 
 if TYPE_CHECKING:
     from .quality import Quality, Row
@@ -32,18 +33,18 @@ def markdown(quality: Quality) -> str:
         f"(95 %: above {low:.1f}). Left out, for they add noise and have no reference: "
         f"{', '.join(quality.left_out) or 'none'}.",
         "",
-        *_table(*_summary(quality.rows)),
+        *table(*_summary(quality.rows)),
     ]
     for calls in _calls(quality.rows):
         rows = [row for row in quality.rows if row.calls == calls]
-        lines += ["", f"## {calls} sequential calls", "", *_table(HEAD, _cells(rows))]
+        lines += ["", f"## {calls} sequential calls", "", *table(HEAD, _cells(rows))]
         tables = [row for row in rows if row.over_closest_db is not None]
         if tables:
             lines += ["", "Paired, against the closest training-free solver within as many calls:", ""]
             lines += [f"- {row.solver}: {_verdict(row)}" for row in tables]
     parallel = [row for row in quality.rows if row.calls is None]
     if parallel:
-        lines += ["", "## Parallel in time: calls as they came out", "", *_table(HEAD, _cells(parallel))]
+        lines += ["", "## Parallel in time: calls as they came out", "", *table(HEAD, _cells(parallel))]
     return "\n".join(lines) + "\n"
 
 
@@ -114,18 +115,6 @@ def _cells(rows: Sequence[Row]) -> list[list[str]]:
     ]
 
 
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table whose columns are also straight in a terminal; numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *rest = zip(cells, widths, strict=True)
-        return f"| {first[0]:<{first[1]}} | " + " | ".join(f"{cell:>{width}}" for cell, width in rest) + " |"
-
-    rule = f"|{'-' * (widths[0] + 2)}|" + "|".join("-" * (width + 1) + ":" for width in widths[1:]) + "|"
-    return [line(head), rule, *map(line, lines)]
-
-
 def plot(quality: Quality, file: Path) -> None:
     """PSNR against sequential calls and against total evaluations, side by side, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -157,12 +146,7 @@ def plot(quality: Quality, file: Path) -> None:
         frameon=False,
         fontsize=8 if len(names) < 36 else 7,
     )
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        figure.savefig(partial, format="png")
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+    save(figure, file)
 
 
 _COLOURS = {"euler": "black", "heun": "0.55", "dpm2": "0.7", "dpmpp": "tab:blue", "unipc": "tab:green",

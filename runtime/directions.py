@@ -228,12 +228,12 @@ def tasks_of(slopes: Slopes, ways: Sequence[Directions], points: epd.Points) -> 
 def _speeds(trial: Slopes, points: epd.Points, profile: Profile) -> tuple[Speed, ...]:
     """Of every session, alone."""
     units = points.x.shape[0] * points.x.shape[1]
-    pairs = [
-        [one_call(trial, points, count * trial.halves, session) for count in (1, units)]
-        for session in range(len(trial.sessions))
-    ]
-    found = profile.need(dict(task for pair in pairs for task in pair))
-    return tuple(Speed(*(found[name].seconds for name, _ in pair), units) for pair in pairs)
+    every = range(len(trial.sessions))
+    ones = [one_call(trial, points, trial.halves, session) for session in every]
+    wholes = [one_call(trial, points, units * trial.halves, session) for session in every]
+    found = profile.need(dict([*ones, *wholes]))
+    pairs = zip(ones, wholes, strict=True)
+    return tuple(Speed(found[one].seconds, found[whole].seconds, units) for (one, _), (whole, _) in pairs)
 
 
 def _fastest(trial: Slopes, ways: Sequence[Directions], points: epd.Points, profile: Profile) -> Directions:
@@ -249,7 +249,7 @@ def _fastest(trial: Slopes, ways: Sequence[Directions], points: epd.Points, prof
     log.warning(
         "%s: %d direction%s cost %.2f calls here; %s (a call: %.3g s, %s)",
         chosen, len(points.x), "s" * (len(points.x) > 1), cost[chosen], others, call,
-        "measured now" if profile.anew else f"measured before: {profile.file}",
+        "measured now" if profile.anew else f"measured before{f': {profile.file}' if profile.kept else ''}",
     )  # fmt: skip
     return chosen
 

@@ -106,6 +106,7 @@ class Pipeline:
         self._options = {"provider_options": provider_options, "session_options": session_options}
         self._fallback = fallback_of(fallback)
         self._sessions: dict[str, Session] = {}
+        self._profiles: dict[tuple[int, ...], Profile] = {}  # by the shape of the latents
 
     @classmethod
     def from_pretrained(
@@ -314,23 +315,32 @@ class Pipeline:
         files = sorted(bundle.folder.glob("*/*.onnx*")) if bundle.foreign else []
         return bundle.fingerprint() or repr([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
 
+    @property
+    def sessions(self) -> Mapping[str, Session]:
+        """Those made so far, by component; the backbone's on further providers as `COMPONENT 1` and so on."""
+        return self._sessions
+
     def profile(self, plan: Plan) -> Profile:
         """What is known here of the speed of this bundle's backbone, at the size of a plan."""
+        if plan.latent_shape not in self._profiles:
+            self._profiles[plan.latent_shape] = Profile(self._key(plan))
+        return self._profiles[plan.latent_shape]
+
+    def _key(self, plan: Plan) -> dict[str, Any]:
+        """All that the cost of the backbone's calls depends on, but for their rows."""
         options = self._options["session_options"]
         settings = ("intra_op_num_threads", "inter_op_num_threads", "execution_mode", "graph_optimization_level")
         rows = [provider_of(name) for name in self._providers]
         plugins = [plugin.package for row in rows for plugin in row.plugins]
-        return Profile(
-            {
-                "bundle": self.identity(),
-                "providers": self._providers,
-                "options": self.options,
-                "latent": plan.latent_shape,
-                "session": [str(getattr(options, name, "")) for name in settings],
-                "packages": {"onnxruntime": onnxruntime().__version__} | base_wheels() | installed(plugins),
-                "machine": machine(),
-            }
-        )
+        return {
+            "bundle": self.identity(),
+            "providers": self._providers,
+            "options": self.options,
+            "latent": plan.latent_shape,
+            "session": [str(getattr(options, name, "")) for name in settings],
+            "packages": {"onnxruntime": onnxruntime().__version__} | base_wheels() | installed(plugins),
+            "machine": machine(),
+        }
 
     def _session(self, component: str, index: int = 0) -> Session:
         """Of a component, on the provider of that index."""
@@ -346,6 +356,7 @@ class Pipeline:
         """The way to run the plan's directions, x (B, C, h, w) its first state; the clock has what measuring took."""
         times = plan.times[0] * np.linspace(1, 0.9, plan.points)  # each of its own, as in the requests to come
         profile = self.profile(plan)
+        profile.anew = False
         settle(slopes, self.directions, epd.Points(np.repeat(x[None], plan.points, 0), times), profile)
         if profile.anew:
             clock.lap("measure")

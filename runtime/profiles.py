@@ -92,11 +92,13 @@ class Profile:
         except ValueError as error:  # nothing is kept
             log.info("%s", error)
         self.sittings = self._read()
+        self._passing: list[Timings] = []  # of a busy machine: known to this object alone
 
     def known(self, names: Iterable[str]) -> Timings | None:
         """Timings of one sitting that has all of them, the newest; None if there is none."""
         wanted = list(names)
-        found = next((sitting for sitting in self.sittings if sitting.keys() >= set(wanted)), None)
+        sittings = [*self.sittings, *self._passing]
+        found = next((sitting for sitting in sittings if sitting.keys() >= set(wanted)), None)
         return None if found is None else {name: found[name] for name in wanted}
 
     def need(self, tasks: Tasks) -> Timings:
@@ -115,8 +117,8 @@ class Profile:
             log.warning("the machine was busy with something else (%s); measuring again", _busy(found))
             found = measure(tasks, self.clock, runs)
         if _busy(found):
-            self.kept = False
-            log.warning("the machine is still busy (%s): what was measured is used now and not kept", _busy(found))
+            self.kept, self._passing = False, [found, *self._passing]
+            log.warning("the machine is still busy (%s): what was measured is used now, not kept", _busy(found))
         else:
             others = [] if alone else [sitting for sitting in self.sittings if sitting.keys() - found.keys()]
             self.sittings = [found, *others]

@@ -282,6 +282,7 @@ def runs_of(session):
     return [(origin + 1000 * run["ts"], origin + 1000 * (run["ts"] + run["dur"])) for run in runs]
 
 
+@pytest.mark.slow
 def test_profiles_of_spread_calls_overlap(tmp_path, caplog, monkeypatch):
     """The shipped model on two CPU sessions: the same pictures, divided as measured, its calls at once."""
     monkeypatch.setattr(profiles, "BUSY", 1e9)  # measured once, whatever else the machine does
@@ -437,7 +438,7 @@ def test_what_cannot_be_asked_for(asked, providers, message):
 
 def test_a_profile_is_of_one_device_and_model(bundles, monkeypatch, tmp_path):
     def key(pipe, **asked):
-        return json.dumps(pipe.profile(pipe.plan("red", **asked)).key, sort_keys=True)
+        return json.dumps(pipe._key(pipe.plan("red", **asked)), sort_keys=True)
 
     pipe = Pipeline.from_pretrained(bundles["sd3"])
     keys = [key(pipe)]

@@ -86,7 +86,12 @@ def test_a_busy_machine_is_measured_again_and_not_kept(caplog, cache):
     found = always.sit({"a": clock.task("a", *[1, 1, 1, 1, 9, 9] * 2)}, alone=True)
     assert found["a"] == Timing(1, 1, 9)
     assert (always.anew, always.kept) == (True, False)
-    assert "still busy (a: 1 to 9 s): what was measured is used now and not kept" in caplog.text
+    assert always.known(["a"]) == {"a": (1, 1, 1)}  # what was kept before comes first
+    other = Profile({"of": 2}, clock)
+    other.sit({"a": clock.task("a", *[1, 1, 1, 1, 9, 9] * 2)})
+    assert other.known(["a"]) == {"a": (1, 1, 9)}  # this object does not measure it again
+    assert Profile({"of": 2}).known(["a"]) is None
+    assert "still busy (a: 1 to 9 s): what was measured is used now, not kept" in caplog.text
     assert [file.read_bytes() for file in cache.iterdir()] == [kept]
 
 

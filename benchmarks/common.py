@@ -1,0 +1,100 @@
+"""What the commands share: the options that name a device, the files they write, their tables.
+
+Knows nothing of what is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def add_device(command: argparse.ArgumentParser) -> None:
+    """--provider and all that goes with it, as `python -m runtime generate` has them."""
+    from runtime.__main__ import _add_fallback
+
+    command.add_argument("--provider", default="cpu", metavar="NAME", help="ONNX Runtime execution provider")
+    command.add_argument("--provider-option", action="append", default=[], metavar="KEY=VALUE", help="may be repeated")
+    _add_fallback(command)
+
+
+def device(options: argparse.Namespace) -> dict[str, Any]:
+    """Of `Pipeline.from_pretrained`, what those options ask for."""
+    from runtime.__main__ import _pairs
+
+    return {
+        "provider": options.provider,
+        "provider_options": _pairs(options.provider_option),
+        "fallback": options.fallback,
+    }
+
+
+def add_outputs(command: argparse.ArgumentParser) -> None:
+    """--json, --csv, --markdown, --plot."""
+    command.add_argument("--json", action="store_true", help="print one object on stdout in place of the tables")
+    command.add_argument("--csv", type=Path, metavar="FILE", help="write it as CSV, too")
+    command.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables, too")
+    command.add_argument("--plot", type=Path, metavar="PNG", help="draw it (needs matplotlib: the extra `plot`)")
+
+
+def check_outputs(options: argparse.Namespace) -> None:
+    """Refuses what cannot be written before anything is run."""
+    from importlib.util import find_spec
+
+    from runtime.errors import RequestError
+
+    if options.plot is not None and find_spec("matplotlib") is None:
+        raise RequestError("--plot needs matplotlib; install the extra: pip install 'epd-toolkit[plot]'")
+    for file in (options.csv, options.markdown, options.plot):
+        if file is not None and not file.parent.is_dir():
+            raise RequestError(f"{file}: no such folder; make it first")
+
+
+def write(file: Path, text: str) -> None:
+    """Written to another name first: what is found under its own name is whole."""
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def save(figure: Any, file: Path) -> None:
+    """A matplotlib figure as PNG, in the same way."""
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        figure.savefig(partial, format="png")
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table whose columns are also straight in a terminal; numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = zip(cells, widths, strict=True)
+        return f"| {first[0]:<{first[1]}} | " + " | ".join(f"{cell:>{width}}" for cell, width in rest) + " |"
+
+    rule = f"|{'-' * (widths[0] + 2)}|" + "|".join("-" * (width + 1) + ":" for width in widths[1:]) + "|"
+    return [line(head), rule, *map(line, lines)]
+
+
+def comma_separated(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One line a row under the names of the first, all digits, empty where a number does not apply."""
+    import csv
+    import io
+
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def megabytes(count: int | None) -> str:
+    return "unknown" if count is None else f"{count / 1e6:.0f} MB"

@@ -115,12 +115,12 @@ def plot(result: Latency, file: Path) -> None:
         ordinals = range(begun + 1, begun + 1 + len(run.calls))
         left.plot(ordinals, [call.seconds for call in run.calls], "o-", color=("tab:blue", "crimson")[index % 2], ms=3)
         begun += len(run.calls)
-    left.set_xlabel("calls of all runs in order of time, colours alternate with the runs")
+    left.set_xlabel("calls in order of time; colours alternate with the runs")
     left.set_ylabel("seconds a call")
     left.set_ylim(bottom=0)
     lines = [line for line in _steady(result, result.summary()) if line[0] != "whole"][::-1]
     right.barh([line[0] for line in lines], [float(line[1]) for line in lines], color="tab:blue")
-    right.set_xlabel("seconds a picture (medians); what is inside is a part of its stage")
+    right.set_xlabel("seconds a picture, medians")
     for axes in (left, right):
         axes.grid(color="0.92")
         axes.set_axisbelow(True)

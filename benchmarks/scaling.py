@@ -266,8 +266,8 @@ def markdown(result: Scaling) -> str:
     lines += table(("rows", "seconds", "quartiles", "s per row", "calls", "peak memory"), rows)
     lines += [
         "",
-        f"Medians of {result.runs} runs in turns. A call is one of {result.point_rows} rows: one direction of one image. "
-        "Memory: the process's peak so far.",
+        f"Medians of {result.runs} runs in turns. A call is one of {result.point_rows} rows: one direction of one "
+        "image. Memory: the process's peak so far.",
     ]
     if ways:
         lines += ["", *table(("directions", "one batch", "in turn", "at once"), ways), "", "In calls of one direction."]
@@ -307,9 +307,10 @@ def plot(result: Scaling, file: Path) -> None:
     left.set_ylabel("seconds a call")
     left.legend(frameon=False)
     peaks = [(cost.rows, cost.peak_rss_bytes / 1e6) for cost in result.costs if cost.peak_rss_bytes is not None]
-    right.plot(*zip(*peaks, strict=True), marker="o", color="tab:blue") if peaks else None
+    if peaks:
+        right.plot(*zip(*peaks, strict=True), marker="o", color="tab:blue")
+        right.set_ylim(0, 1.1 * peaks[-1][1])
     right.set_ylabel("peak memory of the process (MB)")
-    right.set_ylim(bottom=0)
     for axes in (left, right):
         axes.set_xticks(rows)
         axes.set_xlabel("rows of a call")

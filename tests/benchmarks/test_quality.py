@@ -3,9 +3,6 @@
 import csv
 import json
 import math
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -17,16 +14,7 @@ from benchmarks.report import COLUMNS
 from runtime.judge import psnr
 from runtime.pipeline import Pipeline
 
-sys.path.append(str(Path(__file__).parents[1] / "runtime"))
-import tiny_bundle
-
 SHORT = ["--calls", "3", "4", "--count", "3", "--batch", "2", "--reference-steps", "60"]
-
-
-@pytest.fixture(scope="session")
-def bundles(tmp_path_factory):
-    root = tmp_path_factory.mktemp("benchmarks")
-    return {family: tiny_bundle.bundle(root / family, family) for family in ("sd3", "sd15")}
 
 
 @pytest.fixture(params=["sd3", "sd15"])

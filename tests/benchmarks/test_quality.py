@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+
 import numpy as np
 import pytest
 

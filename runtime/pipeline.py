@@ -32,7 +32,7 @@ from .memory import peak_rss_bytes
 from .noise import Stream
 from .ort import base_wheels, installed, onnxruntime
 from .plan import Plan, make_plan
-from .profiles import Profile, machine
+from .profiles import Profile, drivers, machine
 from .providers import check_options, provider_of
 from .session import Session
 from .slopes import Slopes, directions_of
@@ -339,6 +339,7 @@ class Pipeline:
             "latent": plan.latent_shape,
             "session": [str(getattr(options, name, "")) for name in settings],
             "packages": {"onnxruntime": onnxruntime().__version__} | base_wheels() | installed(plugins),
+            "drivers": drivers(),
             "machine": machine(),
         }
 

@@ -173,7 +173,6 @@ def machine() -> dict[str, Any]:
         "processor": platform.processor() or platform.machine(),
         "cores": usable_cores(),
         "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
-        "drivers": drivers(),
     }
 
 

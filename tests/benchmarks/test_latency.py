@@ -116,6 +116,12 @@ def test_calls_at_once(bundles, provider, way, monkeypatch):
         assert {"transformer", "transformer 1"} <= result.runs[0].components.keys()
         assert all(call.inside <= call.seconds for run in result.runs for call in run.calls)
         assert 0 < told["overhead_share"] < 1
+        for run in result.runs:
+            spent = {name: seconds for name, seconds in run.components.items() if name.split()[0] != "transformer"}
+            backbone = sum(call.inside for call in run.calls)
+            apart = run.stages["total"] - run.stages["load"] - sum(spent.values()) - backbone
+            assert run.overhead == pytest.approx(apart)
+            assert backbone < run.components["transformer"] + run.components["transformer 1"] + 1e-9
 
 
 def test_files(bundles, tmp_path, capsys):

@@ -10,7 +10,8 @@ import tiny_bundle
 import epd
 from benchmarks import scaling
 from benchmarks.__main__ import main
-from benchmarks.scaling import Directions, Drawn, markdown, verdict
+from benchmarks.scaling import Directions, Drawn
+from benchmarks.scaling_report import markdown, verdict
 from runtime import directions, profiles
 from runtime.__main__ import main as runtime
 from runtime.errors import RequestError

@@ -3,7 +3,6 @@ import pytest
 import tiny_bundle
 from onnx import TensorProto
 
-from runtime import session as sessions
 from runtime.bundle import Bundle
 from runtime.errors import BundleError, NotFiniteError, ProviderError, RequestError
 from runtime.session import Session
@@ -129,23 +128,6 @@ def test_unknown_and_absent_providers(bundles):
         Session(bundle, "unet", provider="npu")
     with pytest.raises(ProviderError, match=r"CUDAExecutionProvider is not in .*pip install \"onnxruntime-gpu"):
         Session(bundle, "unet", provider="CUDA").load()
-
-
-def test_ctrl_c_stops_the_call_and_is_passed_on():
-    import threading
-    import time
-
-    stopped = threading.Event()
-
-    def interrupt(futures, timeout):
-        raise KeyboardInterrupt
-
-    started = time.perf_counter()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sessions.concurrent.futures, "wait", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            sessions._interruptible(lambda: stopped.wait(30), stopped.set)
-    assert time.perf_counter() - started < 10
 
 
 def test_the_cpu_takes_no_options(bundles):

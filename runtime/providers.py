@@ -134,6 +134,10 @@ class Provider:
         words = [f'"{package}"' if set(package) & set("[<>") else package for package in self.packages]
         return f"pip install {' '.join(words)} (or the extra [{self.extra}])"
 
+    def captures(self, options: Mapping[str, str]) -> bool:
+        """Whether these options have it capture CUDA graphs."""
+        return options.get(self.graphs, "0").lower() in ("1", "true")
+
 
 def _switches(*names: str, **defaults: str) -> dict[str, Option]:
     values = {name: Option("switch", ("0", "1")) for name in names}

@@ -26,7 +26,7 @@ from .interrupt import Hand
 from .ort import add_provider, failures, one_line, onnxruntime
 from .providers import CPU, check_options, provider_of
 from .rows import calls_of, cut, in_turn, join, rows_of
-from .tensors import declared, fit
+from .tensors import declared, fit, not_finite
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,6 @@ class Session:
             for count in counts
         }
         self._lock = threading.Lock()  # for what concurrent calls write
-        self._running: set[Any] = set()  # run options of the calls under way
 
     @property
     def loaded(self) -> bool:
@@ -157,11 +156,10 @@ class Session:
     def _bind(self, ort: ModuleType, session: Any) -> None:
         """Has the backbone's tensors stay on a device with memory of its own, and those that a CUDA graph captures."""
         options = self._provider_options | session.get_provider_options().get(self.provider, {})
-        captures = _on(options.get(self._row.graphs))
+        self._hand.alone = captures = self._row.captures(options)
         if captures or (self._row.device and self.component == self.bundle.backbone):
             index = int(options.get("device_id", "0"))
             self._binding = Binding(ort, session, self._row.device, index, captures)
-        self._hand = Hand(alone=captures)
 
     def _assign(self, session: Any) -> None:
         """Records where the nodes run, tells it (once) and refuses what may not be."""
@@ -180,9 +178,7 @@ class Session:
 
     def stop(self) -> None:
         """Ends the calls under way, which other threads have made: they raise RequestError."""
-        with self._lock:
-            for options in self._running:
-                options.terminate = True
+        self._hand.stop()
         for part in self._parts.values():
             part.stop()
 
@@ -270,10 +266,10 @@ class Session:
         self.load()
         feeds, names = self._checked(arrays), self._names(want)
         results = self._run(names, feeds)
-        if self._row.flaky and _not_finite(names, results):
-            self._tell_again(_not_finite(names, results))
+        if self._row.flaky and not_finite(names, results):
+            self._tell_again(not_finite(names, results))
             results = self._run(names, feeds)
-        if wrong := _not_finite(names, results):
+        if wrong := not_finite(names, results):
             raise NotFiniteError(f"{self.component}: NaN or infinity in its output {wrong}; {self._remedy()}")
         return dict(zip(names, results, strict=True))
 
@@ -289,21 +285,14 @@ class Session:
         """One run of the graph, which Ctrl-C and `stop` end."""
         ort = onnxruntime()
         options = ort.RunOptions()
-        call = self._binding or self._session.run
-        with self._lock:
-            self._running.add(options)
+        run = partial(self._binding or self._session.run, names, feeds, options)
         started = time.perf_counter()
         try:
-            results: list[NDArray[Any]] = self._hand(
-                partial(call, names, feeds, options), partial(setattr, options, "terminate", True)
-            )
+            results: list[NDArray[Any]] = self._hand(run, partial(setattr, options, "terminate", True))
         except failures(ort) as error:
             if self.captures:  # it may be half captured
                 self.unload()
             raise RequestError(f"{self.component}: onnxruntime could not run it: {one_line(error)}") from None
-        finally:
-            with self._lock:
-                self._running.remove(options)
         with self._lock:
             self.run_seconds += time.perf_counter() - started
             self.calls += 1
@@ -369,7 +358,7 @@ class Session:
                 f"{self.path}: onnxruntime cannot load it ({one_line(error)}); export or copy the bundle again"
             )
         remedy = "leave --strict out" if self.fallback == "never" else "export it for this provider"
-        if _on(self._provider_options.get(self._row.graphs)):  # which wants every node on the provider
+        if self._row.captures(self._provider_options):  # which wants every node on the provider
             remedy = f"leave {self._row.graphs} out, {remedy}"
         return ProviderError(
             f"{self.component}: {self.provider} cannot run it ({one_line(error)}); {remedy}, or give --provider cpu"
@@ -380,14 +369,3 @@ class Session:
         if arrays.keys() != tensors.keys():
             raise RequestError(f"{self.component}: expected the inputs {', '.join(tensors)}; got {', '.join(arrays)}")
         return {name: fit(self.component, tensors[name], np.asarray(value)) for name, value in arrays.items()}
-
-
-def _on(value: str | None) -> bool:
-    """Whether a provider's switch is on."""
-    return (value or "0").lower() in ("1", "true")
-
-
-def _not_finite(names: Sequence[str], results: Sequence[NDArray[Any]]) -> str:
-    """The first output with NaN or infinity in it; empty if there is none."""
-    pairs = zip(names, results, strict=True)
-    return next((name for name, value in pairs if value.dtype.kind == "f" and not np.isfinite(value).all()), "")

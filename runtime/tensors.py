@@ -5,7 +5,7 @@ Knows nothing of sessions, bundles or providers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,3 +64,9 @@ def fit(component: str, tensor: Tensor, value: NDArray[Any]) -> NDArray[Any]:
         raise NotFiniteError(
             f"{component}: input {tensor.name} is beyond what {tensor.dtype} holds; give a smaller guidance scale"
         ) from None
+
+
+def not_finite(names: Sequence[str], values: Sequence[NDArray[Any]]) -> str:
+    """The name of the first array with NaN or infinity in it; empty if there is none."""
+    pairs = zip(names, values, strict=True)
+    return next((name for name, value in pairs if value.dtype.kind == "f" and not np.isfinite(value).all()), "")

@@ -315,11 +315,15 @@ class Session:
             self._told.add(calls)
             log.warning("%s", in_turn(self.bundle, self.component, calls))
         parts = cut(calls)
+        whole = len(parts) == 1  # the very arrays, then: no copy of them
         answers = [
-            self._parts[len(rows)](want=want, **{name: value[rows] for name, value in feeds.items()}) for rows in parts
+            self._parts[len(rows)](
+                want=want, **(feeds if whole else {name: value[rows] for name, value in feeds.items()})
+            )
+            for rows in parts
         ]
         self._tally()
-        return join(answers, parts)
+        return answers[0] if whole else join(answers, parts)
 
     def _tally(self) -> None:
         """The totals of the parts, as this session's."""

@@ -34,24 +34,28 @@ def feeds(rows=2, seed=0):
 class Watched:
     """A session of onnxruntime's that notes what is run: (rows, graph id, thread, addresses of inputs and outputs)."""
 
-    def __init__(self, session):
-        self.session, self.runs, self.together = session, [], None
+    def __init__(self, binding):
+        self.session, self.runs, self.together = binding._session, [], None
+        self.fill, self.filled = binding._fill, threading.local()
+        binding._session, binding._fill = self, self.note
 
     def __getattr__(self, name):
         return getattr(self.session, name)
+
+    def note(self, buffers, feeds):
+        self.filled.inputs = list(buffers.inputs.values())
+        self.fill(buffers, feeds)
 
     def run_with_iobinding(self, bound, options):
         if self.together is not None:
             self.together.wait(20)  # until the other thread's call is under way too
         self.session.run_with_iobinding(bound, options)
-        values = [*bound._bound_inputs.values(), *bound.get_outputs()]
+        addresses = tuple(value.data_ptr() for value in [*self.filled.inputs, *bound.get_outputs()])
         try:
             graph = options.get_run_config_entry(GRAPH)
         except RuntimeError:
             graph = None
-        self.runs.append(
-            (values[0].shape()[0], graph, threading.get_ident(), tuple(value.data_ptr() for value in values))
-        )
+        self.runs.append((self.filled.inputs[0].shape()[0], graph, threading.get_ident(), addresses))
 
 
 @pytest.fixture
@@ -59,6 +63,7 @@ def on_device(monkeypatch):
     """The CPU as a provider with memory of its own."""
     for module in (sessions, pipelines):
         monkeypatch.setattr(module, "provider_of", lambda name: ON_DEVICE)
+    monkeypatch.setattr(sessions, "CPU", ON_DEVICE)
 
 
 @pytest.fixture
@@ -70,7 +75,7 @@ def plain(bundles):
 def bound(bundles, options=None, component="unet"):
     session = Session(Bundle.open(bundles["sd15"]), component, provider_options=options).load()
     if session._binding is not None:
-        session._binding._session = Watched(session._binding._session)
+        Watched(session._binding)
     return session
 
 
@@ -191,12 +196,11 @@ def test_only_the_backbone_is_bound(bundles, on_device):
 
 
 @pytest.mark.parametrize(("directions", "sets"), [("batch", 2), ("calls", 1), ("async", 2)])
-def test_a_picture_is_the_same_and_its_conditioning_goes_there_once(bundles, monkeypatch, directions, sets):
+def test_a_picture_is_the_same_and_its_conditioning_goes_there_once(bundles, request, directions, sets):
     """`sets` of buffers, for as many row counts, or calls at once."""
     asked = {"seed": 3, "num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np", "k": 2, "solver": "epd"}
     expected = Pipeline.from_pretrained(bundles["sd3"], directions=directions)("red", **asked).images
-    for module in (sessions, pipelines):
-        monkeypatch.setattr(module, "provider_of", lambda name: ON_DEVICE)
+    request.getfixturevalue("on_device")
     pipe = Pipeline.from_pretrained(bundles["sd3"], directions=directions)
     assert np.array_equal(pipe("red", **asked).images, expected)
     session = pipe._sessions["transformer"]
@@ -268,13 +272,14 @@ def test_async_directions_are_refused(bundles, on_device):
 def test_callers_session_options_capture_too(bundles, on_device):
     """Where the provider tells its options, those are believed: a caller's session options may have set them."""
 
-    class Telling(Watched):
+    session = bound(bundles, component="vae_decoder")
+    assert session._binding is None
+
+    class Telling:
         def get_provider_options(self):
             return {"CPUExecutionProvider": CAPTURE | {"device_id": "0"}}
 
-    session = Session(Bundle.open(bundles["sd15"]), "vae_decoder").load()
-    assert session._binding is None
-    session._bind(onnxruntime(), Telling(session._session))
+    session._bind(onnxruntime(), Telling())
     assert session.captures
     assert session._binding is not None
 
@@ -282,6 +287,7 @@ def test_callers_session_options_capture_too(bundles, on_device):
 def test_a_node_elsewhere_is_refused_in_one_line(bundles, on_device, monkeypatch):
     told = "This session cannot use the CUDA Graph feature as requested by the user\nas all the graph nodes have not"
     ort = onnxruntime()
+    monkeypatch.setattr(sessions, "CPU", CPU)  # a graph that the CPU refuses is damaged
 
     def refuses(*_, **__):
         raise RuntimeError(told)

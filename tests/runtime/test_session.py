@@ -272,6 +272,7 @@ FLAKY = dataclasses.replace(CPU, flaky=True)
 
 def flaky(monkeypatch, folder, wrong=0, row=FLAKY):
     monkeypatch.setattr(sessions, "provider_of", lambda name: row)
+    monkeypatch.setattr(sessions, "CPU", row)
     session = Session(Bundle.open(folder), "unet").load()
     session._session = Flips(session._session, wrong)
     return session
@@ -309,6 +310,7 @@ def test_a_graph_that_always_gives_nan_is_tried_twice_on_a_flaky_provider_and_on
 
 def test_a_picture_tells_its_own_retries(bundles, monkeypatch):
     monkeypatch.setattr(sessions, "provider_of", lambda name: FLAKY)
+    monkeypatch.setattr(sessions, "CPU", FLAKY)
     pipe, asked = Pipeline.from_pretrained(bundles["sd15"]), {"seed": 1, "num_inference_steps": 2}
     backbone = pipe._session("unet").load()
     backbone._session = Flips(backbone._session, wrong=1)

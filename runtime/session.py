@@ -266,10 +266,12 @@ class Session:
         self.load()
         feeds, names = self._checked(arrays), self._names(want)
         results = self._run(names, feeds)
-        if self._row.flaky and not_finite(names, results):
-            self._tell_again(not_finite(names, results))
+        wrong = not_finite(names, results)
+        if wrong and self._row.flaky:
+            self._tell_again(wrong)
             results = self._run(names, feeds)
-        if wrong := not_finite(names, results):
+            wrong = not_finite(names, results)
+        if wrong:
             raise NotFiniteError(f"{self.component}: NaN or infinity in its output {wrong}; {self._remedy()}")
         return dict(zip(names, results, strict=True))
 
@@ -289,9 +291,11 @@ class Session:
         started = time.perf_counter()
         try:
             results: list[NDArray[Any]] = self._hand(run, partial(setattr, options, "terminate", True))
-        except failures(ort) as error:
+        except (KeyboardInterrupt, *failures(ort)) as error:
             if self.captures:  # it may be half captured
                 self.unload()
+            if isinstance(error, KeyboardInterrupt):
+                raise
             raise RequestError(f"{self.component}: onnxruntime could not run it: {one_line(error)}") from None
         with self._lock:
             self.run_seconds += time.perf_counter() - started

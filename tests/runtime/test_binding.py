@@ -262,6 +262,19 @@ def test_after_a_failed_capture_the_session_is_made_anew(bundles, on_device):
     session(**feeds(2))
 
 
+def test_after_ctrl_c_in_a_capture_too(bundles, on_device, monkeypatch):
+    session = bound(bundles, CAPTURE)
+
+    def pressed(run, stop):
+        raise KeyboardInterrupt
+
+    pressed.alone = True
+    monkeypatch.setattr(session, "_hand", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        session(**feeds())
+    assert not session.loaded
+
+
 def test_async_directions_are_refused(bundles, on_device):
     pipe = Pipeline.from_pretrained(bundles["sd3"], provider_options=CAPTURE, directions="async")
     with pytest.raises(RequestError, match=r"a CUDA graph, allows one call at a time.*--directions batch") as refused:

@@ -291,16 +291,21 @@ class Session:
         started = time.perf_counter()
         try:
             results: list[NDArray[Any]] = self._hand(run, partial(setattr, options, "terminate", True))
-        except (KeyboardInterrupt, *failures(ort)) as error:
-            if self.captures:  # it may be half captured
-                self.unload()
-            if isinstance(error, KeyboardInterrupt):
-                raise
+        except KeyboardInterrupt:
+            self._drop()
+            raise
+        except failures(ort) as error:
+            self._drop()
             raise RequestError(f"{self.component}: onnxruntime could not run it: {one_line(error)}") from None
         with self._lock:
             self.run_seconds += time.perf_counter() - started
             self.calls += 1
         return results
+
+    def _drop(self) -> None:
+        """A CUDA graph may be half captured: the next call makes the session anew."""
+        if self.captures:
+            self.unload()
 
     def _tell_again(self, wrong: str) -> None:
         with self._lock:

@@ -7,10 +7,10 @@ once for every number of rows. Two calls at once have a set each.
 
 What still crosses in every call is the latent, there and back. It is kept in float64 on the host, where the solver does
 its sums: doing them on the device would take a second copy of every solver, or torch, and the copies are small. A row
-of SD3 Medium at 1024 pixels is 512 KiB in half precision each way, its conditioning 2.6 MiB; with the CPU as the device
-both copies of shapes-sd3 (4 rows, 32 KiB each way) took 0.05 ms of a call of 39 ms. What they cost on a GPU has not been
-measured. Pinned host memory, which would hasten them, is out of reach: ONNX Runtime's Python package makes none for its
-CUDA provider.
+of SD3 Medium at 1024 pixels is 512 KiB in half precision each way, its conditioning 2.6 MiB. With the CPU as the device
+both copies of shapes-sd3 (4 rows, 32 KiB each way) took 0.05 ms of a call of 39 ms; on a GPU they have not been timed.
+Pinned host memory, which would hasten them, is out of reach: ONNX Runtime's Python package makes none for its CUDA
+provider.
 
 CUDA graphs: a captured graph reads and writes the addresses that it was captured with, whatever is bound later. So each
 set of buffers has a `gpu_graph_id` that no other ever gets; its first call runs as usual and has ONNX Runtime make the

@@ -32,7 +32,7 @@ _CLOSE = 1.03  # a way of less is taken if it costs at most so much more
 _ONE_AT_A_TIME = ("DmlExecutionProvider",)  # no concurrent calls on one session: its own documentation
 _WHY_NOT = {
     "batch": "this graph takes one timestep for all rows, so its points cannot be one batch",
-    "async": "this provider allows one call at a time on a session",
+    "async": "this provider, or a CUDA graph, allows one call at a time on a session",
 }
 log = logging.getLogger(__name__)
 
@@ -180,7 +180,7 @@ def possible(slopes: Slopes) -> tuple[Directions, ...]:
     """What graph, provider and sessions allow, the simplest first."""
     able = {
         "batch": slopes.per_row,
-        "async": slopes.backbone.provider not in _ONE_AT_A_TIME,
+        "async": slopes.backbone.provider not in _ONE_AT_A_TIME and not slopes.backbone.captures,
         "spread": len(slopes.sessions) > 1,
     }
     return tuple(way for way in LANES if able.get(way, True))

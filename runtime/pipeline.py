@@ -55,7 +55,7 @@ class Report:
     total_evaluations: int  # points answered, per image
     guided_forwards: int  # rows the backbone really evaluated, all images
     guidance_interval: tuple[float, float] | None  # sigma; None: guided everywhere, or nowhere
-    provider: Mapping[str, Any]  # asked, ran, nodes, macs_share, fallbacks: see `assignment.summary`
+    provider: Mapping[str, Any]  # asked, ran, retries; nodes, macs_share, fallbacks: see `assignment.summary`
     directions: Directions
     seconds: Mapping[str, float]  # load, compile, encode, [measure,] denoise, decode, total, per_call
     peak_rss_bytes: int | None  # of this process so far; None where the system does not tell
@@ -380,7 +380,8 @@ class Pipeline:
             guided_forwards=slopes.guided_forwards,
             guidance_interval=plan.guidance_interval,
             provider={"asked": self.provider, "ran": ",".join(session.provider for session in ran)}
-            | summary(assignments),
+            | summary(assignments)
+            | {"retries": clock.retries()},
             directions=slopes.directions,
             seconds=clock.seconds(last.calls),
             peak_rss_bytes=peak_rss_bytes(),
@@ -422,16 +423,23 @@ def _given(plan: Plan, latents: ArrayLike) -> NDArray[np.float64]:
 
 
 class _Clock:
-    """Seconds of each stage, the loading of sessions in it set apart."""
+    """Seconds of each stage, the loading of sessions in it set apart; and the calls that were made again."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
         self._stages: dict[str, float] = {}
         self._started = self._lap = time.perf_counter()
         self._loaded = self._before = self._load_seconds()
+        self._retried = self._retries()
 
     def _load_seconds(self) -> float:
         return sum(session.load_seconds for session in self._pipeline._sessions.values())
+
+    def _retries(self) -> int:
+        return sum(session.retries for session in self._pipeline._sessions.values())
+
+    def retries(self) -> int:
+        return self._retries() - self._retried
 
     def lap(self, stage: str) -> None:
         now, loaded = time.perf_counter(), self._load_seconds()

@@ -5,37 +5,30 @@ Knows nothing of pipelines or solvers. Imports onnxruntime when the first sessio
 
 from __future__ import annotations
 
-import concurrent.futures
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from types import ModuleType, TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import assignment
 from .assignment import Assignment, Fallback
+from .binding import Binding
 from .bundle import Bundle
 from .errors import BundleError, NotFiniteError, ProviderError, RequestError
 from .facts import Tensor
+from .interrupt import Hand
 from .ort import add_provider, failures, one_line, onnxruntime
 from .providers import CPU, check_options, provider_of
 from .rows import calls_of, cut, in_turn, join, rows_of
+from .tensors import declared, fit, not_finite
 
-Value = TypeVar("Value")
 log = logging.getLogger(__name__)
-
-_TYPES = {  # ONNX Runtime's type names -> numpy's
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(double)": "float64",
-    "tensor(int64)": "int64",
-    "tensor(int32)": "int32",
-}
-_WHOLE = 1e-4  # how far a float may be from the whole number an integer input takes
 
 
 class Session:
@@ -62,6 +55,8 @@ class Session:
     ----------
     load_seconds, run_seconds, calls
         Totals over the life of this object, over all loads.
+    retries
+        Calls among them that were made again, for NaN or infinity on a provider that is known to give them by chance.
     assignment
         Where its nodes run; None before it is loaded, or where onnxruntime, older than 1.24, cannot tell.
     """
@@ -83,11 +78,19 @@ class Session:
         self.provider = self._row.ort
         check_options(self._row, provider_options or {})
         self.load_seconds = self.run_seconds = 0.0
-        self.calls = 0
+        self.calls = self.retries = 0
         self.assignment: Assignment | None = None
-        self._provider_options = dict(provider_options or {})
+        self._provider_options = {  # a CUDA graph is for what is called again and again
+            name: value
+            for name, value in (provider_options or {}).items()
+            if name != self._row.graphs or component == bundle.backbone
+        }
         self._session_options = session_options
         self._session: Any = None
+        self._inputs: tuple[Tensor, ...] = ()
+        self._outputs: tuple[Tensor, ...] = ()
+        self._binding: Binding | None = None
+        self._hand = Hand()
         counts = bundle.facts.components[component].rows if rows is None else ()
         self._told: set[tuple[int, ...]] = set()
         self._parts = {  # row count -> the session of that graph
@@ -103,7 +106,6 @@ class Session:
             for count in counts
         }
         self._lock = threading.Lock()  # for what concurrent calls write
-        self._running: set[Any] = set()  # run options of the calls under way
 
     @property
     def loaded(self) -> bool:
@@ -146,8 +148,18 @@ class Session:
             )
         session.disable_fallback()
         self._assign(session)
+        self._bind(ort, session)
+        self._inputs, self._outputs = declared(session.get_inputs()), declared(session.get_outputs())
         self._session = session
         return self
+
+    def _bind(self, ort: ModuleType, session: Any) -> None:
+        """Has the backbone's tensors stay on a device with memory of its own, and those that a CUDA graph captures."""
+        options = self._provider_options | session.get_provider_options().get(self.provider, {})
+        self._hand.alone = captures = self._row.captures(options)
+        if captures or (self._row.device and self.component == self.bundle.backbone):
+            index = int(options.get("device_id", "0"))
+            self._binding = Binding(ort, session, self._row.device, index, captures)
 
     def _assign(self, session: Any) -> None:
         """Records where the nodes run, tells it (once) and refuses what may not be."""
@@ -166,15 +178,13 @@ class Session:
 
     def stop(self) -> None:
         """Ends the calls under way, which other threads have made: they raise RequestError."""
-        with self._lock:
-            for options in self._running:
-                _terminate(options)
+        self._hand.stop()
         for part in self._parts.values():
             part.stop()
 
     def unload(self) -> None:
         """Releases the session and its memory; it can be loaded again."""
-        self._session = None
+        self._session = self._binding = None
         for part in self._parts.values():
             part.unload()
 
@@ -191,14 +201,40 @@ class Session:
         """What the graph itself declares; loads it. Of several graphs what they share, the row axis named."""
         if self._parts:
             return self.bundle.facts.components[self.component].inputs
-        return tuple(_tensor(argument) for argument in self._loaded().get_inputs())
+        self.load()
+        return self._inputs
 
     @property
     def outputs(self) -> tuple[Tensor, ...]:
         """What the graph itself declares; loads it. Of several graphs what they share, the row axis named."""
         if self._parts:
             return self.bundle.facts.components[self.component].outputs
-        return tuple(_tensor(argument) for argument in self._loaded().get_outputs())
+        self.load()
+        return self._outputs
+
+    @property
+    def captures(self) -> bool:
+        """Whether its calls are captured as CUDA graphs: they are then made one at a time."""
+        return self._hand.alone or any(part.captures for part in self._parts.values())
+
+    def fit(self, arrays: Mapping[str, ArrayLike]) -> dict[str, NDArray[Any]]:
+        """Copies of inputs, as the graph takes them and not to be written to.
+
+        In calls that are given these very arrays again they are not copied to a device that has them already.
+
+        Raises
+        ------
+        RequestError, NotFiniteError
+            As a call with them.
+        """
+        tensors = {tensor.name: tensor for tensor in self.inputs}
+        fitted = {}
+        for name, value in arrays.items():
+            array = np.asarray(value)
+            array = fit(self.component, tensors[name], array) if name in tensors else array
+            fitted[name] = array.copy() if array is value else array
+            fitted[name].flags.writeable = False
+        return fitted
 
     def __call__(self, *, want: Collection[str] | None = None, **arrays: ArrayLike) -> dict[str, NDArray[Any]]:
         """Runs the graph once.
@@ -227,32 +263,59 @@ class Session:
         """
         if self._parts:
             return self._in_calls(self._checked(arrays), want)
-        session = self._loaded()
-        feeds = self._checked(arrays)
-        names = [output.name for output in self.outputs]
-        names = names if want is None else [name for name in names if name in want]
+        self.load()
+        feeds, names = self._checked(arrays), self._names(want)
+        results = self._run(names, feeds)
+        wrong = not_finite(names, results)
+        if wrong and self._row.flaky:
+            self._tell_again(wrong)
+            results = self._run(names, feeds)
+            wrong = not_finite(names, results)
+        if wrong:
+            raise NotFiniteError(f"{self.component}: NaN or infinity in its output {wrong}; {self._remedy()}")
+        return dict(zip(names, results, strict=True))
+
+    def _names(self, want: Collection[str] | None) -> list[str]:
+        """The outputs to compute, in the graph's order."""
+        names = [output.name for output in self.outputs if want is None or output.name in want]
         if want is not None and len(names) != len(want):
             missing = ", ".join(sorted(set(want) - set(names)))
             raise BundleError(f"{self.path}: no output {missing} in this graph; export it again")
+        return names
+
+    def _run(self, names: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """One run of the graph, which Ctrl-C and `stop` end."""
         ort = onnxruntime()
         options = ort.RunOptions()
-        with self._lock:
-            self._running.add(options)
+        run = partial(self._binding or self._session.run, names, feeds, options)
         started = time.perf_counter()
         try:
-            results = _interruptible(lambda: session.run(names, feeds, options), lambda: _terminate(options))
+            results: list[NDArray[Any]] = self._hand(run, partial(setattr, options, "terminate", True))
+        except KeyboardInterrupt:
+            self._drop()
+            raise
         except failures(ort) as error:
+            self._drop()
             raise RequestError(f"{self.component}: onnxruntime could not run it: {one_line(error)}") from None
-        finally:
-            with self._lock:
-                self._running.remove(options)
         with self._lock:
             self.run_seconds += time.perf_counter() - started
             self.calls += 1
-        for name, result in zip(names, results, strict=True):
-            if result.dtype.kind == "f" and not np.isfinite(result).all():
-                raise NotFiniteError(f"{self.component}: NaN or infinity in its output {name}; {self._remedy()}")
-        return dict(zip(names, results, strict=True))
+        return results
+
+    def _drop(self) -> None:
+        """A CUDA graph may be half captured: the next call makes the session anew."""
+        if self.captures:
+            self.unload()
+
+    def _tell_again(self, wrong: str) -> None:
+        with self._lock:
+            self.retries += 1
+            first = self.retries == 1
+        if first:
+            log.warning(
+                "%s: NaN or infinity in its output %s, which %s is known to give by chance: the call is made again",
+                self.component, wrong, self.provider,
+            )  # fmt: skip
 
     def _in_calls(self, feeds: dict[str, NDArray[Any]], want: Collection[str] | None) -> dict[str, NDArray[Any]]:
         """One call of the graph of these rows, or several of the graphs there are."""
@@ -261,11 +324,15 @@ class Session:
             self._told.add(calls)
             log.warning("%s", in_turn(self.bundle, self.component, calls))
         parts = cut(calls)
+        whole = len(parts) == 1  # the very arrays, then: no copy of them
         answers = [
-            self._parts[len(rows)](want=want, **{name: value[rows] for name, value in feeds.items()}) for rows in parts
+            self._parts[len(rows)](
+                want=want, **(feeds if whole else {name: value[rows] for name, value in feeds.items()})
+            )
+            for rows in parts
         ]
         self._tally()
-        return join(answers, parts)
+        return answers[0] if whole else join(answers, parts)
 
     def _tally(self) -> None:
         """The totals of the parts, as this session's."""
@@ -273,11 +340,8 @@ class Session:
         self.load_seconds = sum(part.load_seconds for part in parts)
         self.run_seconds = sum(part.run_seconds for part in parts)
         self.calls = sum(part.calls for part in parts)
+        self.retries = sum(part.retries for part in parts)
         self.assignment = next((part.assignment for part in parts if part.assignment is not None), None)
-
-    def _loaded(self) -> Any:
-        self.load()
-        return self._session
 
     def _remedy(self) -> str:
         if self.bundle.facts.components[self.component].precision == "fp32":
@@ -307,55 +371,14 @@ class Session:
                 f"{self.path}: onnxruntime cannot load it ({one_line(error)}); export or copy the bundle again"
             )
         remedy = "leave --strict out" if self.fallback == "never" else "export it for this provider"
+        if self._row.captures(self._provider_options):  # which wants every node on the provider
+            remedy = f"leave {self._row.graphs} out, {remedy}"
         return ProviderError(
             f"{self.component}: {self.provider} cannot run it ({one_line(error)}); {remedy}, or give --provider cpu"
         )
 
     def _checked(self, arrays: Mapping[str, ArrayLike]) -> dict[str, NDArray[Any]]:
-        declared = {tensor.name: tensor for tensor in self.inputs}
-        if arrays.keys() != declared.keys():
-            raise RequestError(f"{self.component}: expected the inputs {', '.join(declared)}; got {', '.join(arrays)}")
-        return {name: self._fit(declared[name], np.asarray(value)) for name, value in arrays.items()}
-
-    def _fit(self, tensor: Tensor, value: NDArray[Any]) -> NDArray[Any]:
-        fixed = all(
-            isinstance(want, str) or want == have for want, have in zip(tensor.shape, value.shape, strict=False)
-        )
-        dtype = np.dtype(tensor.dtype)
-        whole = dtype.kind == "f" or value.dtype.kind in "iu" or bool((abs(value - np.rint(value)) <= _WHOLE).all())
-        if len(tensor.shape) != value.ndim or not fixed or value.dtype.kind not in "fiu" or not whole:
-            shape = ", ".join(map(str, tensor.shape))
-            what = f"{value.dtype} {list(value.shape)}" + ("" if whole else " that is not whole")
-            raise RequestError(f"{self.component}: input {tensor.name} must be {tensor.dtype} [{shape}]; got {what}")
-        if dtype.kind in "iu" and value.dtype.kind == "f":
-            value = np.rint(value)
-        try:
-            with np.errstate(over="raise"):
-                return np.ascontiguousarray(value, dtype).reshape(value.shape)  # ascontiguousarray makes scalars 1-D
-        except FloatingPointError:
-            raise NotFiniteError(
-                f"{self.component}: input {tensor.name} is beyond what {tensor.dtype} holds; "
-                "give a smaller guidance scale"
-            ) from None
-
-
-def _interruptible(call: Callable[[], Value], stop: Callable[[], None]) -> Value:
-    """The result of `call`, run in a thread so that Ctrl-C is seen at once; `stop` then ends it."""
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        future = thread.submit(call)
-        try:
-            while not concurrent.futures.wait([future], timeout=0.2).done:  # Windows sees Ctrl-C between two waits
-                pass
-        except KeyboardInterrupt:
-            stop()
-            raise
-        return future.result()
-
-
-def _terminate(options: Any) -> None:
-    options.terminate = True
-
-
-def _tensor(argument: Any) -> Tensor:
-    shape = tuple(size if isinstance(size, int) else str(size or "any") for size in argument.shape)
-    return Tensor(argument.name, _TYPES.get(argument.type, argument.type), shape)
+        tensors = {tensor.name: tensor for tensor in self.inputs}
+        if arrays.keys() != tensors.keys():
+            raise RequestError(f"{self.component}: expected the inputs {', '.join(tensors)}; got {', '.join(arrays)}")
+        return {name: fit(self.component, tensors[name], np.asarray(value)) for name, value in arrays.items()}

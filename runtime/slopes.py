@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 import epd
 
+from .binding import KEPT
 from .directions import LANES, Directions, Lane, Speed, at_once
 from .errors import BundleError
 from .facts import Facts
@@ -83,6 +84,7 @@ class Slopes:
             name: value if value.ndim > rank.get(name, 0) else value[:, None] for name, value in conditioning.items()
         }
         self._halves = len(next(iter(conditioning.values())))
+        self._rows: dict[tuple[bytes, bytes], dict[str, NDArray[Any]]] = {}  # see `_told`
         self._network_input: Callable[[Array, Array], Array]
         self._network_time: Callable[[Array], Array]
         if facts.family == "sd3":
@@ -118,7 +120,7 @@ class Slopes:
         """
         told = {name: value[-1 - (guidance > 1) :, images] for name, value in self._conditioning.items()}
         part = copy.copy(self)
-        part._conditioning, part._halves = told, len(next(iter(told.values())))
+        part._conditioning, part._halves, part._rows = told, len(next(iter(told.values()))), {}
         part.guidance, part.guided_forwards = guidance, 0
         return part
 
@@ -152,16 +154,27 @@ class Slopes:
         timestep = self._network_time(t)[unit]
         if not self.per_row:
             timestep = timestep[:1].reshape((1,) * len(self._times_shape))
-        feeds = {  # (H, 1 or B, ...) -> (rows, ...)
-            name: value[half, image[unit] if value.shape[1] > 1 else 0] for name, value in self._conditioning.items()
-        }
         sigma = t.reshape(-1, *(1,) * (x.ndim - 1))
-        feeds |= {self._sample: self._network_input(x, sigma)[unit], "timestep": timestep}
-        answer: Array = session(want=[self._answer], **feeds)[self._answer].astype(np.float64)
+        feeds = {self._sample: self._network_input(x, sigma)[unit], "timestep": timestep}
+        answer: Array = session(want=[self._answer], **self._told(half, image[unit]), **feeds)[self._answer]
+        answer = answer.astype(np.float64)
         negative, slope = np.split(answer, [len(answer) - len(t)])
         with np.errstate(over="ignore", invalid="ignore"):  # `epd.solve` looks at every slope
             slope[guided] = negative + self.guidance * (slope[guided] - negative)
         return slope, len(answer)
+
+    def _told(self, half: NDArray[np.intp], image: NDArray[np.intp]) -> dict[str, NDArray[Any]]:
+        """Conditioning of rows of these halves and images, (rows,) each, as the graph takes it.
+
+        The same arrays for the same rows: a session knows them again, and does not copy them to its device once more.
+        """
+        key = half.tobytes(), image.tobytes()
+        if (rows := self._rows.get(key)) is None:
+            rows = self.backbone.fit(  # (H, 1 or B, ...) -> (rows, ...)
+                {name: value[half, image if value.shape[1] > 1 else 0] for name, value in self._conditioning.items()}
+            )
+            self._rows = dict([*self._rows.items(), (key, rows)][-KEPT:])  # a new one: other lanes read the old one
+        return rows
 
     def _stop(self) -> None:
         for session in self.sessions:

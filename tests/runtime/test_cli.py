@@ -40,7 +40,7 @@ def test_generate_json_has_the_keys_of_the_design(bundles, tmp_path, capsys):
         "guidance_interval", "provider", "directions", "seconds", "peak_rss_bytes", "bundle",
     ]  # fmt: skip
     assert printed["images"] == [str(out)]
-    assert list(printed["provider"]) == ["asked", "ran", "nodes", "macs_share", "fallbacks"]
+    assert list(printed["provider"]) == ["asked", "ran", "nodes", "macs_share", "fallbacks", "retries"]
     assert printed["provider"] | {"nodes": None, "macs_share": None} == {
         "asked": "cpu", "ran": "CPUExecutionProvider", "nodes": None, "macs_share": None, "fallbacks": []
     }  # fmt: skip

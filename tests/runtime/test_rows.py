@@ -93,6 +93,17 @@ def test_a_session_takes_any_rows_that_its_graphs_make_up(static, bundles, caplo
     assert not fixed.loaded
 
 
+def test_one_call_of_all_rows_is_given_the_very_arrays(static, monkeypatch):
+    session = Session(Bundle.open(static["sd15"]), "unet")
+    part, given = session._parts[4], {}
+    run = part._run
+    monkeypatch.setattr(part, "_run", lambda names, feeds: given.update(feeds) or run(names, feeds))
+    feeds = session.fit({"sample": np.ones((4, 4, 4, 4)), "timestep": np.arange(4)})
+    feeds |= session.fit({"encoder_hidden_states": np.zeros((4, 8, tiny_bundle.WIDTH))})
+    session(**feeds)
+    assert all(given[name] is feeds[name] for name in feeds)
+
+
 def test_rows_that_no_graphs_make_up_are_refused_with_the_line_to_type(static):
     fed = {
         "sample": np.ones((3, 4, 4, 4)),

@@ -1,4 +1,13 @@
+import concurrent.futures
+import dataclasses
+import signal
+import subprocess
+import sys
+import threading
+import time
+
 import numpy as np
+import onnx
 import pytest
 import tiny_bundle
 from onnx import TensorProto
@@ -6,6 +15,9 @@ from onnx import TensorProto
 from runtime import session as sessions
 from runtime.bundle import Bundle
 from runtime.errors import BundleError, NotFiniteError, ProviderError, RequestError
+from runtime.interrupt import Hand
+from runtime.pipeline import Pipeline
+from runtime.providers import CPU, PROVIDERS
 from runtime.session import Session
 
 
@@ -98,8 +110,6 @@ def test_a_truncated_graph_is_one_line(tmp_path):
 
 
 def test_missing_external_data_is_one_line(tmp_path):
-    import onnx
-
     folder = tiny_bundle.bundle(tmp_path / "b", "sd15", bare=True)
     graph = folder / "unet" / "model.onnx"
     onnx.save(onnx.load(graph), graph, save_as_external_data=True, location="model.onnx_data", size_threshold=0)
@@ -131,21 +141,186 @@ def test_unknown_and_absent_providers(bundles):
         Session(bundle, "unet", provider="CUDA").load()
 
 
-def test_ctrl_c_stops_the_call_and_is_passed_on():
-    import threading
-    import time
+INTERRUPTED = """
+import sys
+from runtime.bundle import Bundle
+from runtime.session import Session
+import numpy as np
 
-    stopped = threading.Event()
+with Session(Bundle.open(sys.argv[1]), "unet") as unet:
+    print("calls", flush=True)
+    unet(times=np.array(2**62))
+"""
 
-    def interrupt(futures, timeout):
-        raise KeyboardInterrupt
 
-    started = time.perf_counter()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sessions.concurrent.futures, "wait", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            sessions._interruptible(lambda: stopped.wait(30), stopped.set)
-    assert time.perf_counter() - started < 10
+@pytest.mark.skipif(sys.platform == "win32", reason="a console's Ctrl-C is sent to its whole group")
+def test_ctrl_c_ends_a_call_that_would_not_end(tmp_path):
+    folder = tiny_bundle.bundle(tmp_path / "b", "sd15", bare=True)
+    onnx.save(endless(), folder / "unet" / "model.onnx")
+    program = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert program.stdout is not None
+    try:
+        assert program.stdout.readline() == "calls\n"
+        time.sleep(0.5)
+        assert program.poll() is None, program.communicate()[1]
+        program.send_signal(signal.SIGINT)
+        told = program.communicate(timeout=30)[1]
+    finally:
+        program.kill()
+    assert told.rstrip().endswith("KeyboardInterrupt")
+
+
+def endless():
+    """Counts to `times`."""
+    body = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("Identity", ["go"], ["goes"]),
+            onnx.helper.make_node("Add", ["sum", "one"], ["next"]),
+        ],
+        "body",
+        [onnx.helper.make_tensor_value_info(name, kind, []) for name, kind in (("i", 7), ("go", 9), ("sum", 1))],
+        [onnx.helper.make_tensor_value_info(name, kind, []) for name, kind in (("goes", 9), ("next", 1))],
+        [onnx.numpy_helper.from_array(np.float32(1), "one")],
+    )
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Loop", ["times", "", "zero"], ["out_sample"], body=body)],
+        "endless",
+        [onnx.helper.make_tensor_value_info("times", TensorProto.INT64, [])],
+        [onnx.helper.make_tensor_value_info("out_sample", TensorProto.FLOAT, [])],
+        [onnx.numpy_helper.from_array(np.float32(0), "zero")],
+    )
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+
+
+def test_stop_ends_a_call_of_another_thread(tmp_path):
+    folder = tiny_bundle.bundle(tmp_path / "b", "sd15", bare=True)
+    onnx.save(endless(), folder / "unet" / "model.onnx")
+    session, told = Session(Bundle.open(folder), "unet").load(), []
+
+    def call():
+        with pytest.raises(RequestError) as refused:
+            session(times=np.array(2**62))
+        told.append(str(refused.value))
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    while thread.is_alive():
+        session.stop()
+        thread.join(0.05)
+    assert "terminate" in told[0]
+
+
+def test_the_main_threads_calls_share_a_thread_and_others_are_made_where_they_are():
+    hand, made = Hand(), []
+
+    def note():
+        made.append(threading.get_ident())
+
+    for _ in range(3):
+        hand(note, lambda: None)
+    other = threading.Thread(target=hand, args=(note, lambda: None))
+    other.start()
+    other.join()
+    assert len(set(made[:3])) == 1
+    assert made[0] != threading.main_thread().ident
+    assert made[3] == other.ident
+
+
+def test_a_calls_own_time_out_is_passed_on():
+    with pytest.raises(TimeoutError, match="its own"):
+        Hand()(lambda: (_ for _ in ()).throw(TimeoutError("its own")), lambda: None)
+
+
+def test_ctrl_c_waits_until_the_call_has_ended():
+    ended, stopped = [], threading.Event()
+
+    def call():
+        stopped.wait(30)
+        ended.append(True)
+
+    class Pressed(concurrent.futures.Future):
+        def result(self, timeout=None):
+            raise KeyboardInterrupt
+
+    hand = Hand()
+    future = Pressed()
+    threading.Thread(target=lambda: (call(), future.set_result(None))).start()
+    with pytest.raises(KeyboardInterrupt):
+        hand._wait(future, stopped.set)
+    assert ended == [True]
+
+
+class Flips:
+    """An onnxruntime.InferenceSession whose first answers are NaN."""
+
+    def __init__(self, session, wrong):
+        self.session, self.wrong, self.given = session, wrong, []
+
+    def __getattr__(self, name):
+        return getattr(self.session, name)
+
+    def run(self, names, feeds, options):
+        self.given.append(feeds)
+        answers = self.session.run(names, feeds, options)
+        return [answer * np.nan for answer in answers] if len(self.given) <= self.wrong else answers
+
+
+FLAKY = dataclasses.replace(CPU, flaky=True)
+
+
+def flaky(monkeypatch, folder, wrong=0, row=FLAKY):
+    monkeypatch.setattr(sessions, "provider_of", lambda name: row)
+    monkeypatch.setattr(sessions, "CPU", row)
+    session = Session(Bundle.open(folder), "unet").load()
+    session._session = Flips(session._session, wrong)
+    return session
+
+
+def test_nan_by_chance_is_tried_once_more_and_told_once(bundles, unet, monkeypatch, caplog):
+    expected = unet(**feeds())["out_sample"]
+    session = flaky(monkeypatch, bundles["sd15"], wrong=1)
+    assert np.array_equal(session(**feeds())["out_sample"], expected)
+    first, again = session._session.given
+    assert first is again, "not the very same call"
+    assert (session.retries, session.calls) == (1, 2)
+    assert caplog.text.count("NaN or infinity in its output out_sample, which CPUExecutionProvider is known") == 1
+    session._session = Flips(session._session, wrong=1)
+    session(**feeds())
+    assert session.retries == 2
+    assert len(caplog.records) == 1
+
+
+def test_nan_twice_is_an_error(bundles, monkeypatch):
+    session = flaky(monkeypatch, bundles["sd15"], wrong=2)
+    with pytest.raises(NotFiniteError, match=r"unet: NaN or infinity in its output out_sample"):
+        session(**feeds())
+    assert len(session._session.given) == 2
+
+
+def test_a_graph_that_always_gives_nan_is_tried_twice_on_a_flaky_provider_and_once_on_another(tmp_path, monkeypatch):
+    folder = tiny_bundle.bundle(tmp_path / "b", "sd15", breaks_above=0.5)
+    for row, runs in ((FLAKY, 2), (CPU, 1)):
+        session = flaky(monkeypatch, folder, row=row)
+        with pytest.raises(NotFiniteError):
+            session(**feeds())
+        assert (session.calls, session.retries) == (runs, runs - 1)
+
+
+def test_a_picture_tells_its_own_retries(bundles, monkeypatch):
+    monkeypatch.setattr(sessions, "provider_of", lambda name: FLAKY)
+    monkeypatch.setattr(sessions, "CPU", FLAKY)
+    pipe, asked = Pipeline.from_pretrained(bundles["sd15"]), {"seed": 1, "num_inference_steps": 2}
+    backbone = pipe._session("unet").load()
+    backbone._session = Flips(backbone._session, wrong=1)
+    reports = [pipe("red", **asked).report for _ in range(2)]
+    assert [report.provider["retries"] for report in reports] == [1, 0]
+    assert reports[0].sequential_calls == reports[1].sequential_calls
+
+
+def test_which_providers_flip_is_told_with_its_source():
+    assert {row.name for row in PROVIDERS.values() if row.flaky} == {"coreml", "directml", "openvino"}
 
 
 def test_the_cpu_takes_no_options(bundles):

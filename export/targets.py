@@ -16,8 +16,6 @@ from runtime.facts import BACKBONE
 
 from . import ExportError
 
-_ATTENTION = frozenset({"Attention"})
-_SHAPES = frozenset({"Shape", "Size", "NonZero", "If", "Loop", "Scan"})  # sizes that only the run knows
 _VAE = ("vae_decoder", "vae_encoder")
 
 
@@ -28,7 +26,6 @@ class Target:
     opsets: tuple[int, ...]  # that its provider reads
     dtypes: tuple[str, ...]  # of the backbone: fp32 | fp16
     split: Literal["any", "batch", "calls"]  # any: dynamic rows; static: 2 and 2 K rows, or 2 alone and K calls
-    denied: frozenset[str] = frozenset()  # operators that must not be in a graph
     vae: str = "fp16-weights"  # precision of the VAE at fp16; always computes in fp32
 
     @property
@@ -37,16 +34,16 @@ class Target:
 
 
 def _npu(opsets: tuple[int, ...], dtypes: tuple[str, ...], split: Literal["batch", "calls"]) -> Target:
-    return Target(opsets, dtypes, split, _ATTENTION | _SHAPES, "fp32")
+    return Target(opsets, dtypes, split, "fp32")
 
 
 # Opset 23 has Attention, so that one node is one attention; ONNX Runtime's CPU kernels have it since 1.23.
 TARGETS = {
     "cpu": Target((23, 18, 20, 21), ("fp32", "fp16"), "any"),
     "cuda": Target((23, 18, 20, 21), ("fp16", "fp32"), "any"),
-    "directml": Target((20, 18, 21), ("fp16", "fp32"), "any", denied=_ATTENTION),  # reads up to opset 21
-    "webgpu": Target((20, 18, 21), ("fp32", "fp16"), "any", denied=_ATTENTION),  # fp16 needs shader-f16
-    "vitisai": _npu((18, 20, 21), ("fp32",), "calls"),  # compiles fp32 graphs to bf16
+    "directml": Target((18,), ("fp16", "fp32"), "any"),  # has no Gelu, which our graphs have from opset 20 on
+    "webgpu": Target((20, 18, 21), ("fp32", "fp16"), "any"),  # fp16 needs shader-f16
+    "vitisai": _npu((18, 20), ("fp32",), "calls"),  # compiles fp32 graphs to bf16
     "qnn": _npu((20, 18, 21), ("fp16", "fp32"), "batch"),
     "openvino": _npu((20, 18, 21), ("fp32", "fp16"), "batch"),  # static for its NPU
     "coreml": _npu((18, 20, 21), ("fp16", "fp32"), "batch"),

@@ -108,12 +108,12 @@ def _export_graph(job: Job, facts: Any, module: Any, rows: int | None) -> dict[s
             f"agreed were {agreed.inputs} -> {agreed.outputs}; this is a fault of the exporter"
         )
     kinds = Counter(node.op_type for node in model.graph)
-    _check_operators(job, kinds)
     first, path = Path(job.folder) / GRAPH, _graph_file(job, GRAPH, rows)
     if path == first:
         graph.save(model, path)
     else:
         graph.save_sharing(model, path, first)
+    _check_operators(job, path)
     found = macs.count(path, ROWS, rows or 1)
     del model
     if small != agreed:
@@ -128,14 +128,15 @@ def _export_graph(job: Job, facts: Any, module: Any, rows: int | None) -> dict[s
     return found
 
 
-def _check_operators(job: Job, kinds: Counter[str]) -> None:
-    """ExportError for operators that the target denies."""
-    from .targets import TARGETS
+def _check_operators(job: Job, path: Path) -> None:
+    """ExportError for what the target cannot run of a graph, by the rules of `export.lint` for operators."""
+    from .lint import OPERATORS, TARGETS, lint
 
-    if denied := sorted(TARGETS[job.target].denied & kinds.keys()):
+    found = lint([path], job.target, OPERATORS) if job.target in TARGETS else ()
+    if told := [one for one in found if not one.advice]:
         raise ExportError(
-            f"{job.component}: its graph has {', '.join(denied)}, which --target {job.target} cannot run; "
-            "give another --opset or --target"
+            f"{job.component}: --target {job.target} cannot run its graph: {told[0].what} ({told[0].where}; findings: "
+            f"{len(told)}, {told[0].source}); give another --opset or --target"
         )
 
 

@@ -20,7 +20,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command; 0, 2 for a user's mistake (one line on stderr), 130 for Ctrl-C."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path that the console's encoding has not
-    return carried_out(_parser().parse_args(arguments))
+    try:
+        options = _parser().parse_args(arguments)
+    except KeyboardInterrupt:  # while it is imported
+        print("stopped", file=sys.stderr)
+        return 130
+    return carried_out(options)
 
 
 def carried_out(options: argparse.Namespace) -> int:

@@ -25,6 +25,10 @@ _FOUND = 0.5  # of the MACs that must be found again by node for a judgement by 
 _PRODUCTS = ("Attention", "Conv", "Gemm", "MatMul", "MultiHeadAttention")  # what an opened operator's MACs are done by
 _TELL = "get_provider_graph_assignment_info"  # method of a session
 _NAMED = 3  # operators that an error names
+# Providers that lay tensors out in their own way before the graph is divided: of their nodes only those made by that
+# are recorded, of the CPU's all. Seen with WebGPU 1.27, by its profile; with preferredLayout=NCHW all are.
+_SILENT = ("WebGpuExecutionProvider",)
+_UNTOLD = "(not recorded)"
 
 
 class Node(NamedTuple):
@@ -78,7 +82,7 @@ class Assignment:
         return "the compute" if self.by_compute else "the nodes (their compute is not known)"
 
     def fits(self, fallback: Fallback) -> bool:
-        """Whether no more fell back than may: 10 % of the compute if `limited`, no node if `never`, else all of it."""
+        """Whether no more fell back than may: 10 % of the compute if `limited` (just 10 % may), no node if `never`."""
         return self.share >= _LEAST[fallback] and not (fallback == "never" and self.fallbacks)
 
     def __str__(self) -> str:
@@ -102,15 +106,28 @@ def tells(onnxruntime: ModuleType) -> bool:
 
 
 def recorded(session: Any) -> list[Node] | None:
-    """The nodes of an onnxruntime.InferenceSession; None where it tells of none, as before 1.24.
+    """The nodes that an onnxruntime.InferenceSession tells of; None where it cannot tell, as before 1.24.
 
     The session must have been created with `RECORD`.
     """
     if not hasattr(session, _TELL):
         return None
     subgraphs = session.get_provider_graph_assignment_info()
-    nodes = [Node(node.name, node.op_type, part.ep_name) for part in subgraphs for node in part.get_nodes()]
-    return nodes or None
+    return [Node(node.name, node.op_type, part.ep_name) for part in subgraphs for node in part.get_nodes()]
+
+
+def completed(nodes: Sequence[Node], asked: str, macs: Mapping[str, int]) -> list[Node] | None:
+    """The recorded nodes, and where the record of the provider that was asked for has gaps, what must be its.
+
+    Those are the nodes which the bundle weighs and nobody is recorded for; others remain unknown and weigh nothing.
+    None where that cannot be told: no node is known, or one without a name elsewhere may be of those.
+    """
+    if asked in _SILENT:
+        if not macs or any(not node.name and node.operator in _PRODUCTS for node in nodes if node.provider != asked):
+            return None
+        known = {_origin(node, macs) for node in nodes}
+        nodes = [*nodes, *(Node(name, _UNTOLD, asked) for name in macs if name not in known)]
+    return list(nodes) or None
 
 
 def assign(component: str, asked: str, nodes: Sequence[Node], macs: Mapping[str, int]) -> Assignment:
@@ -135,7 +152,7 @@ def assign(component: str, asked: str, nodes: Sequence[Node], macs: Mapping[str,
 
 def _weights(nodes: Sequence[Node], macs: Mapping[str, int]) -> list[float]:
     """MACs of each node. Those of an opened operator are shared evenly among the nameless products."""
-    origins = [node.name if node.name in macs else node.name.rpartition("/")[0] for node in nodes]
+    origins = [_origin(node, macs) for node in nodes]
     times = Counter(origins)
     weights = [macs.get(origin, 0) / times[origin] for origin in origins]
     products = [i for i, node in enumerate(nodes) if not node.name and node.operator in _PRODUCTS]
@@ -143,6 +160,11 @@ def _weights(nodes: Sequence[Node], macs: Mapping[str, int]) -> list[float]:
     for i in products:
         weights[i] = opened / len(products)
     return weights
+
+
+def _origin(node: Node, macs: Mapping[str, int]) -> str:
+    """Name of the node that the bundle weighs from which ONNX Runtime made this one."""
+    return node.name if node.name in macs else node.name.rpartition("/")[0]
 
 
 def summary(assignments: Iterable[Assignment | None]) -> dict[str, Any]:

@@ -6,11 +6,11 @@ Knows nothing of bundles. A provider counts as here when it has started a one-no
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from .errors import ProviderError
-from .ort import NEWEST, OLDEST, add_provider, base_wheels, failures, installed, one_line, onnxruntime, require
+from .ort import NEWEST, OLDEST, add_provider, base_wheels, driver, failures, installed, one_line, onnxruntime, require
 from .providers import CPU, PROVIDERS, SYSTEMS, Provider
 
 # y = x + x, float32 [1, 4]; ONNX IR 8, opset 17
@@ -130,35 +130,13 @@ def _start(ort: ModuleType, row: Provider) -> None:
     options.log_severity_level = 4
     if row is not CPU and row.name != "vitisai":  # whose compiler may leave so small a graph to the CPU
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    add_provider(ort, options, row, {})
     try:
-        add_provider(ort, options, row, {})
         ran = ort.InferenceSession(_ADD, options, enable_fallback=0).get_providers()[0]
-    except ProviderError:
-        raise
     except failures(ort) as error:
-        raise ProviderError(f"{row.ort} does not start ({one_line(error)}); {_driver(row)}") from None
+        raise ProviderError(f"{row.ort} does not start ({one_line(error)}); {driver(row)}") from None
     if ran != row.ort:
-        raise ProviderError(f"{row.ort} does not start, {ran} would stand in; {_driver(row)}")
-
-
-def _driver(row: Provider) -> str:
-    missing = missing_libraries(row)
-    if missing:
-        return f"install the driver that has {', '.join(missing)}"
-    return row.install if row.name in ("cuda", "tensorrt") else "install or update the device's driver"
-
-
-def missing_libraries(row: Provider) -> tuple[str, ...]:
-    """The driver's libraries that the provider needs on this system and that cannot be loaded."""
-    return tuple(name for name in row.libraries.get(sys.platform, ()) if not _loads(name))
-
-
-def _loads(library: str) -> bool:
-    try:
-        ctypes.CDLL(library)
-    except OSError:
-        return False
-    return True
+        raise ProviderError(f"{row.ort} does not start, {ran} would stand in; {driver(row)}")
 
 
 def _wheels() -> Iterator[Finding]:
@@ -237,9 +215,20 @@ def _amd_npus(root: Path = Path("/sys/bus/pci/devices")) -> list[str]:
 def _disk() -> Iterator[Finding]:
     from epd.catalogue import cache_folder
 
-    folder = cache_folder()
-    there = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
-    free = shutil.disk_usage(there).free / _GB
+    elsewhere = "set EPD_CACHE to a folder of yours"
+    try:
+        folder = cache_folder()
+        there = next((parent for parent in (folder, *folder.parents) if parent.is_dir()), folder)
+        free = shutil.disk_usage(there).free / _GB
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except ValueError as error:
+        yield Finding("advice", "disk", f"no folder for the cache: {error}", elsewhere)
+        return
+    except OSError as error:
+        said = f"the cache {folder} cannot be written ({error.strerror or error})"
+        yield Finding("advice", "disk", f"{said}, so that nothing is kept", elsewhere)
+        return
     if free < 10:  # an SD3 bundle in half precision with its compiled form
         yield Finding(
             "advice", "disk", f"{free:.1f} GB free at {folder}", "free 10 GB, or set EPD_CACHE to a folder elsewhere"

@@ -6,13 +6,14 @@ Knows nothing of bundles, graphs or what ran where. Imports onnxruntime when ask
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
+import os
 import platform
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -88,9 +89,7 @@ def add_provider(
     Raises
     ------
     ProviderError
-        It is not here, or refuses the options.
-    RuntimeError, ValueError, or onnxruntime's own
-        Its library or driver does not start.
+        It is not here, refuses the options, or does not start: then with the driver's libraries that are missing.
     """
     devices = require(ort, row)
     if options.has_providers():  # the caller's own, or a plugin's from the session before
@@ -100,7 +99,9 @@ def add_provider(
         setattr(options, name, getattr(type(current), value) if isinstance(value, str) else value)
     passed = settled(row, chosen)
     if devices:
-        options.add_provider_for_devices([_device(row, devices, passed)], passed)
+        device = _device(row, devices, passed)
+        with _starting(ort, row, chosen):
+            options.add_provider_for_devices([device], passed)
         return None
     if row.prefix:
         for name, value in passed.items():
@@ -111,14 +112,45 @@ def add_provider(
             ort.preload_dlls()  # CUDA and cuDNN out of NVIDIA's wheels
     if shared:
         return [(row.ort, passed)]
-    options.add_provider(row.ort, passed)
+    with _starting(ort, row, chosen):
+        options.add_provider(row.ort, passed)
     return None
+
+
+@contextlib.contextmanager
+def _starting(ort: ModuleType, row: Provider, chosen: Mapping[str, str]) -> Iterator[None]:
+    """ProviderError, with what is known of the driver, for whatever onnxruntime raises."""
+    try:
+        yield
+    except failures(ort) as error:
+        options = f"check {', '.join(chosen)}, or " if chosen else ""
+        raise ProviderError(f"{row.ort} does not start ({one_line(error)}); {options}{driver(row)}") from None
+
+
+def driver(row: Provider) -> str:
+    """What to do about a provider that is installed and does not start."""
+    if missing := missing_libraries(row):
+        return f"install the driver that has {', '.join(missing)}"
+    return row.install if row.name in ("cuda", "tensorrt") else "install or update the device's driver"
+
+
+def missing_libraries(row: Provider) -> tuple[str, ...]:
+    """The driver's libraries that the provider needs on this system and that cannot be loaded."""
+    return tuple(name for name in row.libraries.get(sys.platform, ()) if not _loads(name))
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
 
 
 def settled(row: Provider, chosen: Mapping[str, str]) -> dict[str, str]:
     """The options that are passed: our defaults, what the plugin's package answers, then the `chosen` ones."""
     passed = {name: option.default for name, option in row.options.items() if option.default is not None}
-    if row.emulated and platform.machine().lower() in ("x86_64", "amd64"):
+    if row.emulated and _on_x86():
         passed |= row.emulated
     if "backend_type" not in chosen:
         for plugin in row.plugins:
@@ -126,6 +158,12 @@ def settled(row: Provider, chosen: Mapping[str, str]) -> dict[str, str]:
                 module = importlib.import_module(plugin.module)
                 passed |= {name: str(getattr(module, answer)()) for name, answer in plugin.fills.items()}
     return passed | dict(chosen)
+
+
+def _on_x86() -> bool:
+    """Whether the processor itself is one: Windows on ARM says AMD64 to a Python of that kind, which it emulates."""
+    told = (os.environ.get(name, "") for name in ("PROCESSOR_ARCHITEW6432", "PROCESSOR_IDENTIFIER"))
+    return platform.machine().lower() in ("x86_64", "amd64") and not any(one.upper().startswith("ARM") for one in told)
 
 
 def base_wheels() -> dict[str, str]:
@@ -161,6 +199,8 @@ def _others() -> str:
 
 @functools.cache  # milliseconds, and asked at every call
 def _version(package: str) -> str | None:
+    import importlib.metadata  # 20 ms, of which `--help` needs none
+
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -225,7 +265,13 @@ def _registered(ort: ModuleType, name: str, library: str) -> tuple[Any, ...]:
 
 def _device(row: Provider, devices: tuple[Any, ...], passed: dict[str, str]) -> Any:
     """Of the kind that `device_type` asks for (else NPU before GPU before CPU) the `device_id`-th."""
-    asked = passed.pop("device_type", "NPU").partition(".")
+    named = passed.pop("device_type", "NPU")
+    if not named.startswith(("CPU", "GPU", "NPU")):
+        raise ProviderError(
+            f"{row.ort}: its plugin runs on one device, such as CPU, GPU, GPU.1 or NPU, not on {named}; name one of "
+            f"them, or take {row.packages[-1]} in an environment of its own"
+        )
+    asked = named.partition(".")
     order = {"NPU": 0, "GPU": 1, "CPU": 2}
     kinds = [device.device.type.name for device in devices]
     kind = asked[0] if "device_type" in row.options else min(kinds, key=lambda kind: order.get(kind, 3))

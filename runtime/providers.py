@@ -3,8 +3,8 @@
 Knows nothing of what is installed here: see `runtime.ort`.
 
 An option's default is what this program passes where the user says nothing; None leaves it to the provider. What the
-options mean is in the providers' own documentation; the tables were checked against the packages named here (the
-option headers and strings in them), those that run on Linux without hardware by running them.
+options mean is in the providers' own documentation; those of CUDA, TensorRT, Vitis AI and CoreML are from it alone. The
+others were checked against strings in their packages; of QNN's, OpenVINO's and WebGPU's a few by running them.
 """
 
 from __future__ import annotations

@@ -45,8 +45,8 @@ class Session:
     session_options : onnxruntime.SessionOptions, optional
         What the provider and `fallback` need is added to them; a provider that they name themselves is left.
     fallback : {"limited", "allowed", "never"}
-        What may run on the CPU in place of another provider: of the backbone less than 10 % of the compute (of the
-        other components anything), anything, or no node of any component. Whatever does is a warning.
+        What may run on the CPU in place of another provider: of the backbone up to 10 % of the compute (of the other
+        components anything), anything, or no node of any component. Whatever does is a warning.
     rows : int, optional
         Of a component with one graph per row count: the graph of so many rows alone. None: each call runs the graph
         of its rows, or, where there is none, several calls of fewer rows (see `runtime.rows`), which is told.
@@ -163,12 +163,13 @@ class Session:
 
     def _assign(self, session: Any) -> None:
         """Records where the nodes run, tells it (once) and refuses what may not be."""
-        nodes = assignment.recorded(session)
+        macs = self.bundle.facts.components[self.component].macs
+        told = assignment.recorded(session)
+        nodes = None if told is None else assignment.completed(told, self.provider, macs)
         if nodes is None:
             if self._row is not CPU and not self._strict(onnxruntime()):
-                log.warning("%s: this onnxruntime cannot tell which nodes run on the CPU; 1.24 can", self.component)
+                log.warning("%s: this release of onnxruntime cannot tell which nodes run on the CPU", self.component)
             return
-        macs = self.bundle.facts.components[self.component].macs
         placed = assignment.assign(self.component, self.provider, nodes, macs)
         if self.component == self.bundle.backbone or self.fallback == "never":
             assignment.check(placed, self.fallback)

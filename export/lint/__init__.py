@@ -8,7 +8,7 @@ Reads graphs without their weights, with onnx and numpy alone. No finding is no 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +19,17 @@ from runtime.bundle import Bundle, BundleError
 
 from .. import ExportError
 from .graph import Graph, read
-from .rules import TARGETS, Rule
+from .rules import OPERATORS, TARGETS, Rule
 
-__all__ = ["TARGETS", "Finding", "graph_files", "lint"]
+__all__ = ["OPERATORS", "TARGETS", "Finding", "graph_files", "lint"]
+
+_MALFORMED = (  # what `read` and onnx below it raise; RuntimeError is onnx's own of its C++ part
+    DecodeError,
+    onnx.checker.ValidationError,
+    onnx.shape_inference.InferenceError,
+    RuntimeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)
@@ -54,8 +62,8 @@ def graph_files(path: Path, component: str | None = None) -> list[Path]:
     return [file for graph in graphs for file in sorted(graph.parent.glob("*.onnx"))]
 
 
-def lint(files: Sequence[Path], target: str) -> Iterator[Finding]:
-    """Every place in the graphs that breaks a rule of the target, graph by graph and rule by rule.
+def lint(files: Sequence[Path], target: str, only: Collection[str] | None = None) -> Iterator[Finding]:
+    """Every place in the graphs that breaks a rule of the target (of those named `only`), graph by graph, rule by rule.
 
     Raises
     ------
@@ -67,8 +75,9 @@ def lint(files: Sequence[Path], target: str) -> Iterator[Finding]:
     for file in files:
         graph = _read(file)
         for rule in TARGETS[target]:
-            for where, what in rule.check(graph, rule.limit):
-                yield _finding(file, where, what, rule, target)
+            if only is None or rule.id in only:
+                for where, what in rule.check(graph, rule.limit):
+                    yield _finding(file, where, what, rule, target)
 
 
 def _finding(file: Path, where: str, what: str, rule: Rule, target: str) -> Finding:
@@ -78,10 +87,7 @@ def _finding(file: Path, where: str, what: str, rule: Rule, target: str) -> Find
 
 def _read(file: Path) -> Graph:
     try:
-        graph = read(file)
-    except (DecodeError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        return read(file)
+    except _MALFORMED as error:
         reason = " ".join(str(error).split())
         raise ExportError(f"{file}: no valid ONNX graph ({reason:.120}); export or copy it again") from None
-    if not graph.opsets:
-        raise ExportError(f"{file}: no ONNX graph: it names no operator set; export or copy it again")
-    return graph

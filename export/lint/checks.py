@@ -6,13 +6,14 @@ Knows no device; the limits are in `rules`.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 import onnx
-from onnx import external_data_helper, helper
+from onnx import helper
 
-from .graph import Graph, Value, domain
+from .graph import Graph, Value, domain, external
 
 _CONTROL = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 
@@ -81,19 +82,23 @@ def rank(graph: Graph, limit: int) -> Found:
 
 
 def rank_but_shuffles(graph: Graph, limit: tuple[int, Mapping[tuple[str, tuple[int, ...]], int]]) -> Found:
-    """No tensor has more axes than limit[0], save where a node permutes axes between two Reshapes.
+    """No tensor has more axes than limit[0], save where a node permutes axes between two Reshapes and nothing else.
 
     limit[1] gives for a type of node and its permutation the most rows that are then taken.
     """
     made = {name: node for node in graph.nodes for name in node.output}
-    taken = {name: node for node in graph.nodes for name in node.input}
+    readers = defaultdict(list)
+    for node in graph.nodes:
+        for name in node.input:
+            readers[name].append(node)
     excused = set()
     for node in graph.nodes:
         most = limit[1].get((node.op_type, _permutation(node)), 0)
-        if not most:
+        if not most or not node.input or not node.output:
             continue
         source, target = node.input[0], node.output[0]
-        between = [other.op_type for other in (made.get(source), taken.get(target)) if other] == ["Reshape"] * 2
+        ends = [_type(other) for other in (made.get(source), *readers[target]) if other is not None]
+        between = ends == ["Reshape"] * 2 and len(readers[source]) == 1 and target not in graph.outputs
         shape = graph.values.get(source, Value(0, None)).shape
         if between and shape and isinstance(shape[0], int) and shape[0] <= most:
             excused |= {source, target}
@@ -105,11 +110,11 @@ def rank_but_shuffles(graph: Graph, limit: tuple[int, Mapping[tuple[str, tuple[i
 def _permutation(node: onnx.NodeProto) -> tuple[int, ...]:
     """Where a Transpose or an Einsum of one input takes its axes from; () for any other node."""
     options = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-    if node.op_type == "Transpose":
+    if _type(node) == "Transpose":
         return tuple(options.get("perm", ()))
-    if node.op_type != "Einsum":
+    if _type(node) != "Einsum":
         return ()
-    source, _, target = options["equation"].decode().replace(" ", "").partition("->")
+    source, _, target = options.get("equation", b"").decode(errors="replace").replace(" ", "").partition("->")
     return tuple(map(source.index, target)) if sorted(source) == sorted(target) else ()
 
 
@@ -148,7 +153,7 @@ def input_dtypes(graph: Graph, limit: Mapping[tuple[str, int], Collection[str]])
 def output_casts(graph: Graph, limit: Collection[tuple[str, str]]) -> Found:
     """No output of the graph is a Cast from a type to another that limit names together."""
     for node in graph.nodes:
-        if node.op_type == "Cast" and node.output[0] in graph.outputs:
+        if _type(node) == "Cast" and node.input and {*node.output} & {*graph.outputs}:
             values = [graph.values.get(name, Value(0, None)) for name in (node.input[0], node.output[0])]
             kinds = tuple(onnx.TensorProto.DataType.Name(value.dtype).lower() for value in values)
             if kinds in limit:
@@ -215,13 +220,12 @@ def external_data(graph: Graph, limit: None = None) -> Found:
     folder = graph.path.parent
     told = set()
     for name, tensor in graph.weights.items():
-        if not external_data_helper.uses_external_data(tensor):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
-        info = external_data_helper.ExternalDataInfo(tensor)
-        wrong = _location(folder, info.location)
-        file = folder / info.location
-        if not wrong and (info.offset or 0) + (info.length or 0) > file.stat().st_size:
-            wrong = f"{info.location} ends before the weight does"
+        location, offset, length = external(tensor)
+        wrong = _location(folder, location)
+        if not wrong and offset + length > (folder / location).stat().st_size:
+            wrong = f"{location} ends before the weight does"
         if wrong and wrong not in told:
             told.add(wrong)
             yield name, wrong

@@ -2,9 +2,10 @@
 
 Rules of qnn were measured with the graphs of tests/export/lint_graphs.py: session.disable_cpu_ep_fallback=1,
 onnxruntime-qnn 2.7.0 with ONNX Runtime 1.32 on Qualcomm's x86 emulator of HTP v73; operators that are in none of those
-graphs are taken from its documentation. The other targets' are what vendors publish, none of them tried on a device
-here; where they publish nothing there is no rule, so that no finding means "nothing known against it". AMD publishes no
-whole list of operators. Advice is told and not counted.
+graphs are taken from its documentation. Of openvino and webgpu, what is said to be measured was run on the CPU and on a
+software Vulkan device. All else is what vendors publish, not tried on a device here; where they publish nothing there
+is no rule, so that no finding means "nothing known against it". AMD publishes no whole list of operators. Advice is
+told and not counted.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ _QNN = "ONNX Runtime QNN documentation, github.com/onnxruntime/onnxruntime-qnn, 
 _VITIS = "AMD Vitis AI 6.2, https://vitisai.docs.amd.com/projects/gen2/en/latest/docs/additional_information/"
 _RYZEN = "AMD Ryzen AI, https://ryzenai.docs.amd.com/en/latest/modelcompat.html"
 _NPU = "Intel OpenVINO, https://docs.openvino.ai/2025/documentation/compatibility-and-support/supported-devices.html"
+_INTEL = "measured: onnxruntime-openvino 1.24.1, device CPU"
+_WEBGPU = "measured: onnxruntime-webgpu 1.27.0 on a software Vulkan device"
 _OPENVINO = f"ONNX Runtime OpenVINO documentation, {_ORT}OpenVINO-ExecutionProvider.html"
 _COREML = f"ONNX Runtime CoreML documentation, {_ORT}CoreML-ExecutionProvider.html"
 _COREML_CODE = "ONNX Runtime, onnxruntime/core/providers/coreml/builders/helper.cc"
@@ -29,9 +32,10 @@ _KERNELS = "ONNX Runtime, docs/OperatorKernels.md, DmlExecutionProvider"
 _DIRECTML = f"ONNX Runtime DirectML documentation, {_ORT}DirectML-ExecutionProvider.html"
 _DML = "Microsoft DirectML constants, https://learn.microsoft.com/windows/ai/directml/directml-constants"
 
-_STATIC = "fix its rows and sizes: `python -m onnxruntime.tools.make_dynamic_shape_fixed`, or an export for {target}"
-_OPSET = "export it with --opset in that range"
-_OPERATOR = "write it with other operators before the export to {target}"
+_EXPORT = "`python -m export ... --target {target}`"
+_STATIC = f"export it with {_EXPORT}, or fix its sizes with `python -m onnxruntime.tools.make_dynamic_shape_fixed`"
+_OPSET = f"export it with {_EXPORT}, or with --opset in that range"
+_OPERATOR = f"export it with {_EXPORT}, or write it with other operators before the export"
 _BRANCH = "give the choice before the export, so that the graph has no branch and no loop"
 _RANK = "split it by Reshape into tensors of fewer axes"
 _DTYPE = "export with --dtype fp16 or fp32, and cast at the graph's border"
@@ -84,11 +88,16 @@ _COREML_OPERATORS = {  # of an ML Program
     ),
     "com.microsoft": _names("FusedConv QuickGelu"),
 }
+# Of those that it leaves to the CPU, what transformers have a few light nodes of: lookups, masks, a permutation.
+_COREML_LEFT = _names("Einsum Equal Gather IsNaN Where")
+_COREML_TAKEN = _COREML_OPERATORS | {"": _COREML_OPERATORS[""] | _COREML_LEFT}
 # Operators that have a kernel for CPU alone, of those that transformers and convolution nets are made of.
 _DIRECTML_DENIED = _names(
     "Attention Det Gelu HardSwish RMSNormalization RotaryEmbedding Unique "
     "com.microsoft:FusedConv com.microsoft:GatherBlockQuantized com.microsoft:NhwcMaxPool"
 )
+_OPENVINO_DENIED = _names("Attention GatherElements com.microsoft:MultiHeadAttention")
+_WEBGPU_DENIED = _names("Attention")
 # Tokens to pixels and back, with 6 axes between two Reshapes: an Einsum is known at any rows, a Transpose at one.
 _TO_PIXELS, _TO_TOKENS = (0, 5, 1, 3, 2, 4), (0, 2, 4, 1, 3, 5)
 _QNN_SHUFFLES = {("Einsum", _TO_PIXELS): 2**31, ("Transpose", _TO_PIXELS): 1, ("Transpose", _TO_TOKENS): 1}
@@ -96,6 +105,9 @@ _QNN_DTYPES = {"": _names("bool float float16 int32 int64")}
 _QNN_DTYPES |= dict.fromkeys(("QuantizeLinear", "DequantizeLinear"), _names("int8 uint8 int16 uint16 int4 uint4"))
 _QNN_DTYPES["Cast"] = _names("uint8 uint32")
 _NUMBERS = _names("bool float float16 int8 int16 int32 int64 uint8 uint16 uint32 uint64 int4 uint4")
+
+# Rules that a graph must keep to be worth having on the target: `python -m export` ends where one is broken.
+OPERATORS = ("operators", "control-flow", "static-shapes")
 
 # True of every target: ONNX Runtime and ONNX themselves.
 _ALWAYS = (
@@ -170,13 +182,21 @@ TARGETS: dict[str, tuple[Rule, ...]] = {
     "openvino": (
         *_ALWAYS,
         Rule("static-shapes", checks.static, None, f"{_NPU}: the NPU takes no dynamic shapes", _STATIC),
-        Rule("operators", checks.denied, _names("GatherElements"), f"{_OPENVINO}: on no device", _OPERATOR),
+        Rule("operators", checks.denied, _OPENVINO_DENIED, f"{_INTEL}; {_OPENVINO}: on no device", _OPERATOR),
     ),
     "coreml": (
         *_ALWAYS,
         Rule("static-shapes", checks.static, None, f"{_COREML}: RequireStaticInputShapes, for speed", _STATIC),
         Rule("axis", checks.axis, 16384, f"{_COREML_CODE}: no axis of an input above 16384", "export a smaller size"),
-        Rule("operators", checks.operators, _COREML_OPERATORS, f"{_COREML}: operators of an ML Program", _OPERATOR),
+        Rule("operators", checks.operators, _COREML_TAKEN, f"{_COREML}: operators of an ML Program", _OPERATOR),
+        Rule(
+            "cpu-advised",
+            checks.denied,
+            _COREML_LEFT,
+            f"{_COREML}: none of the operators of an ML Program, so that the CPU runs it",
+            "nothing, where it is a lookup, a mask or a permutation; see `python -m runtime inspect --provider coreml`",
+            advice=True,
+        ),
         Rule("control-flow", checks.control_flow, _BODIES, f"{_COREML}: bodies run on the CPU by default", _BRANCH),
         Rule(
             "constants",
@@ -210,5 +230,9 @@ TARGETS: dict[str, tuple[Rule, ...]] = {
             "split the weight, or export a smaller size or fewer rows",
         ),
         Rule("shapes-advised", checks.static, None, f"{_DIRECTML}: fastest with sizes known", _FREE, advice=True),
+    ),
+    "webgpu": (
+        *_ALWAYS,
+        Rule("operators", checks.denied, _WEBGPU_DENIED, f"{_WEBGPU}: on the CPU", _OPERATOR),
     ),
 }

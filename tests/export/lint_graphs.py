@@ -102,6 +102,15 @@ def unpatchify(rows: int, einsum: bool = False) -> onnx.ModelProto:
     return graph(nodes, [("x", FLOAT, (rows, 64, 16))], [("y", FLOAT, (rows, 4, 16, 16))], sizes)
 
 
+def shared_shuffle(kind: str) -> onnx.ModelProto:
+    """Tokens to pixels, which a node of that kind reads before the second Reshape, too."""
+    model = unpatchify(1)
+    model.graph.node.insert(2, helper.make_node(kind, ["b", "t"][: 1 + (kind == "Reshape")], ["z"]))
+    shape = (1, 4, 16, 16) if kind == "Reshape" else (1, 4, 8, 2, 8, 2)
+    model.graph.output.append(helper.make_tensor_value_info("z", FLOAT, shape))
+    return model
+
+
 def gather(dtype: int) -> onnx.ModelProto:
     node = helper.make_node("Gather", ["w", "x"], ["y"])
     weight = {"w": np.ones((32, 16), np.float32)}
@@ -230,6 +239,8 @@ QNN: dict[str, tuple[Callable[[], onnx.ModelProto], str | None]] = {
     "sizes from data": (nonzero, "static-shapes"),
     "6 axes": (lambda: unary("Relu", (1, 1, 1, 1, 1, 8)), "rank"),
     "6 axes in a Transpose, 2 rows": (lambda: unpatchify(2), "rank"),
+    "6 axes in a Transpose, a Relu beside": (lambda: shared_shuffle("Relu"), "rank"),
+    "6 axes in a Transpose, a Reshape beside": (lambda: shared_shuffle("Reshape"), "rank"),
     "double": (lambda: add(TensorProto.DOUBLE), "dtypes"),
     "bfloat16": (lambda: add(TensorProto.BFLOAT16), "dtypes"),
     "int8 arithmetic": (lambda: add(TensorProto.INT8), "dtypes"),

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import onnx
 import pytest
@@ -57,6 +58,7 @@ PLANTED = {
     ("coreml", "static-shapes"): lambda: small.unary("Relu", (2, "tokens", 4)),
     ("coreml", "axis"): lambda: small.unary("Relu", (1, 20000)),
     ("coreml", "operators"): lambda: small.unary("Sinh"),
+    ("coreml", "cpu-advised"): lambda: small.gather(TensorProto.INT64),
     ("coreml", "control-flow"): small.loop,
     ("coreml", "constants"): lambda: constant(helper.make_node("Gemm", ["x", "w"], ["y"])),
     ("coreml", "rank"): lambda: small.unary("GlobalMaxPool", (1, 4, 8, 8, 8)),
@@ -68,12 +70,24 @@ PLANTED = {
     ("directml", "dtypes"): lambda: small.add(TensorProto.BFLOAT16),
     ("directml", "tensor-size"): big,
     ("directml", "shapes-advised"): lambda: small.unary("Relu", ("rows", 4)),
+    ("webgpu", "operators"): small.attention,
+}
+MISSING = {  # operators that a provider was seen, or is said, to leave to the CPU
+    "openvino": (small.attention, lambda: small.attention("com.microsoft", 18)),
+    "directml": (lambda: small.unary("Gelu", opset=20), small.attention),
+    "webgpu": (small.attention,),
 }
 
 
 @pytest.mark.parametrize(("target", "rule"), PLANTED)
 def test_planted(target: str, rule: str, tmp_path: Path):
     assert rule in found(PLANTED[target, rule](), target, tmp_path)
+
+
+@pytest.mark.parametrize("target", MISSING)
+def test_operators_that_a_target_lacks(target: str, tmp_path: Path):
+    for build in MISSING[target]:
+        assert "operators" in found(build(), target, tmp_path)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -153,6 +167,7 @@ def test_the_dynamic_backbone_that_comes_along(target: str):
     names = ["hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"]
     assert [one.where for one in findings] == names
     assert "make_dynamic_shape_fixed" in findings[0].remedy
+    assert f"`python -m export ... --target {target}`" in findings[0].remedy
     assert findings[0].source
 
 
@@ -191,7 +206,7 @@ def test_long_lists_are_cut_and_said(capsys):
     ("name", "content", "told"),
     [
         ("none", None, "no such folder"),
-        ("empty.onnx", b"", "no ONNX graph"),
+        ("empty.onnx", b"", "it names no operator set"),
         ("text.onnx", b"not a graph at all", "no valid ONNX graph"),
         ("folder", {}, "no bundle"),
     ],
@@ -206,6 +221,98 @@ def test_refusals(name: str, content: object, told: str, tmp_path: Path, capsys)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("export.lint: ")
     assert told in line
+
+
+def bad_dtype() -> onnx.ModelProto:
+    model = small.unary("Relu")
+    model.graph.input[0].type.tensor_type.elem_type = 99
+    return model
+
+
+def bad_place(key: str, value: str) -> onnx.ModelProto:
+    model = small.matmul()
+    weight = model.graph.initializer[0]
+    weight.ClearField("raw_data")
+    weight.data_location = TensorProto.EXTERNAL
+    for entry in ({"location": "data"} | {key: value}).items():
+        weight.external_data.add(key=entry[0], value=entry[1])
+    return model
+
+
+def bad_name() -> bytes:
+    return small.unary("Relu").SerializeToString().replace(b"Relu", b"R\xbalu")
+
+
+MALFORMED = {
+    "Shape without input": (lambda: node("Shape", []), "Shape it has 0 inputs"),
+    "Cast without output": (lambda: node("Cast", ["x"], [], to=1), "Cast it has 0 outputs"),
+    "Einsum without equation": (lambda: node("Einsum", ["x"]), "Einsum it has no right equation"),
+    "permutation that is a number": (lambda: node("Transpose", ["x"], perm=1), "Transpose it has no right perm"),
+    "dtype that is none": (bad_dtype, "x is of type 99, which is none"),
+    "offset that is no number": (lambda: bad_place("offset", "abc"), "invalid literal for int"),
+    "offset below 0": (lambda: bad_place("offset", "-1"), "the place of the weight w in external data is none"),
+    "NUL in the location": (lambda: bad_place("location", "a\0b"), "the place of the weight w"),
+    "no location": (lambda: bad_place("location", ""), "the place of the weight w"),
+    "no operator set": (lambda: node("Relu", ["x"], opset=0), "operator set that the graph does not name"),
+    "name that is no text": (bad_name, "a name that is no text"),
+}
+
+
+def node(kind: str, inputs: list[str], outputs: tuple[str, ...] = ("y",), opset: int = 18, **options: object):
+    made = helper.make_node(kind, inputs, outputs, name="it", **options)
+    return small.graph([made], [("x", small.FLOAT, (2, 8))], [("y", small.FLOAT, (2, 8))], opset=opset)
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+@pytest.mark.parametrize("target", ["qnn", "coreml"])
+def test_malformed_graphs_are_one_line(name: str, target: str, tmp_path: Path, capsys):
+    build, told = MALFORMED[name]
+    model = build()
+    (tmp_path / "model.onnx").write_bytes(model if isinstance(model, bytes) else model.SerializeToString())
+    assert main([str(tmp_path / "model.onnx"), "--target", target]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no valid ONNX graph" in line
+    assert told in line
+
+
+def mutant(model: onnx.ModelProto, random: Random) -> bytes:
+    """The graph with a few of its bytes changed, or one of its fields left out or given twice."""
+    if random.random() < 0.5:
+        content = bytearray(model.SerializeToString())
+        for _ in range(random.randint(1, 4)):
+            content[random.randrange(len(content))] = random.randrange(256)
+        return bytes(content)
+    copy = onnx.ModelProto.FromString(model.SerializeToString())
+    message = random.choice(list(messages(copy)))
+    field, value = random.choice(message.ListFields() or [(None, None)])
+    if field is not None and field.is_repeated and random.random() < 0.5:
+        value.extend(list(value))
+    elif field is not None:
+        message.ClearField(field.name)
+    return copy.SerializePartialToString()
+
+
+def messages(message):
+    """A protobuf message and all in it."""
+    yield message
+    for field, value in message.ListFields():
+        if field.message_type:
+            for one in value if field.is_repeated else [value]:
+                yield from messages(one)
+
+
+def test_no_mutant_gets_through(tmp_path: Path):
+    """Each is linted or refused in one line; any other exception fails."""
+    random, file, refused = Random(0), tmp_path / "model.onnx", []
+    graphs = [build() for build, _ in small.QNN.values()]
+    for _ in range(150):
+        file.write_bytes(mutant(random.choice(graphs), random))
+        try:
+            list(lint([file], random.choice(list(TARGETS))))
+        except ExportError as error:
+            refused.append(str(error))
+    assert 20 < len(refused) < 140
+    assert not any("\n" in line for line in refused)
 
 
 def test_components(tmp_path: Path, capsys):

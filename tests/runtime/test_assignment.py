@@ -177,6 +177,33 @@ def test_what_onnxruntime_fuses_or_opens_is_found_again(tmp_path):
     assert (parts[0].operator, parts[0].share) == ("Gemm", 1)
 
 
+GPU = "WebGpuExecutionProvider"
+
+
+def test_what_a_silent_provider_does_not_record_is_its():
+    """As WebGPU 1.27 does it: of its nodes only those made for its layout are recorded, of the CPU's all."""
+    nodes = [Node("attention", "Attention", CPU), Node("shape", "Shape", CPU), Node("", "Conv", GPU)]
+    one = assign("unet", GPU, assignment.completed(nodes, GPU, MACS), MACS)
+    assert one.by_compute
+    assert one.share == pytest.approx(0.9)
+    assert [(part.operator, part.share) for part in one.fallbacks] == [("Attention", pytest.approx(0.1)), ("Shape", 0)]
+    assert assign("unet", GPU, assignment.completed([], GPU, MACS), MACS).share == 1
+
+
+def test_a_silent_provider_on_which_nothing_runs_has_no_share():
+    nodes = on(conv=CPU, product=CPU, attention=CPU)
+    with pytest.raises(ProviderError, match=f"only 0 % of the compute would run on {GPU}"):
+        check(assign("unet", GPU, assignment.completed(nodes, GPU, MACS), MACS), "limited")
+
+
+def test_what_cannot_be_told_is_not_told():
+    opened = [Node("", "MatMul", CPU)]  # of which of the weighed nodes it is, nobody knows
+    assert assignment.completed(opened, GPU, MACS) is None
+    assert assignment.completed(on(conv=CPU), GPU, {}) is None
+    assert assignment.completed([], NPU, MACS) is None
+    assert assignment.completed(opened, NPU, MACS) == opened
+
+
 def told_of(monkeypatch, providers):
     """The CPU runs it, but onnxruntime says so of another provider: component's operator -> provider."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ _DTYPES = ("to", "dtype", "softmax_precision")  # attributes that name one
 LEAST = 32  # numbers summed over: below it a block would be mostly padding
 
 
-def quantise(graphs: Sequence[Path], bits: int, block: int, keep: Collection[str] = ()) -> None:
+def quantise(graphs: Sequence[Path], bits: int, block: int) -> None:
     """Replaces graphs by such whose MatMul and Gemm over constant weights are MatMulNBits, and their one data file.
 
     Parameters
@@ -36,8 +36,6 @@ def quantise(graphs: Sequence[Path], bits: int, block: int, keep: Collection[str
     bits : 4 | 8
     block : int
         Numbers per scale, a power of 2 from 16 on.
-    keep : collection of str
-        Parts of names: a layer with one of them in its weight's name stays as it is.
     """
     first, folder = graphs[0], graphs[0].parent
     packer = DefaultWeightOnlyQuantizer(DefaultWeightOnlyQuantConfig(block_size=block, bits=bits))
@@ -45,8 +43,7 @@ def quantise(graphs: Sequence[Path], bits: int, block: int, keep: Collection[str
         for path in graphs:
             model = ir.load(path)
             for node in list(model.graph):
-                name, weight = _weight(node) or ("", None)
-                if weight is not None and not any(part in name for part in keep):
+                if (weight := _weight(node)) is not None:
                     _replace(model.graph, node, weight, packer)
             model.opset_imports[DOMAIN] = 1
             RemoveUnusedNodesPass()(model)
@@ -60,32 +57,32 @@ def quantise(graphs: Sequence[Path], bits: int, block: int, keep: Collection[str
             os.replace(written, folder / written.name)
 
 
-def _weight(node: ir.Node) -> tuple[str, np.ndarray] | None:
-    """Name and content (K, N) of the constant that a node multiplies with; None where it is no such product."""
+def _weight(node: ir.Node) -> np.ndarray | None:
+    """The constant (K, N) that a node multiplies with; None where it is no such product."""
     if node.domain or node.op_type not in ("MatMul", "Gemm"):
         return None
     settings = {name: attribute.value for name, attribute in node.attributes.items()}
     if settings.get("transA", 0) or any(settings.get(name, 1.0) != 1.0 for name in ("alpha", "beta")):
         return None
-    name, weight = _constant(node.inputs[1])
+    weight = _constant(node.inputs[1])
     if weight is None or weight.ndim != 2:
         return None
     weight = weight.T if settings.get("transB", 0) else weight
-    return (name, np.ascontiguousarray(weight, np.float32)) if len(weight) >= LEAST else None
+    return np.ascontiguousarray(weight, np.float32) if len(weight) >= LEAST else None
 
 
-def _constant(value: ir.Value | None) -> tuple[str, np.ndarray | None]:
-    """An initializer's name and content, cast and transposed on the way or not; None for other values."""
+def _constant(value: ir.Value | None) -> np.ndarray | None:
+    """The content of an initializer, cast and transposed on the way or not; None for other values."""
     assert value is not None
     node = value.producer()
     if node is None:
-        return value.name or "", None if value.const_value is None else value.const_value.numpy()
+        return None if value.const_value is None else value.const_value.numpy()
     if node.op_type not in ("Cast", "Transpose"):
-        return "", None
-    name, content = _constant(node.inputs[0])
+        return None
+    content = _constant(node.inputs[0])
     if content is None or node.op_type == "Cast":
-        return name, content
-    return name, content.transpose(node.attributes["perm"].as_ints() if "perm" in node.attributes else None)
+        return content
+    return content.transpose(node.attributes["perm"].as_ints() if "perm" in node.attributes else None)
 
 
 def _replace(graph: ir.Graph, node: ir.Node, weight: np.ndarray, packer: DefaultWeightOnlyQuantizer) -> None:

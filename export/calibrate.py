@@ -30,8 +30,8 @@ def record(folder: Path, *, prompts: Sequence[str], count: int, seed: int = SEED
     """Inputs of a bundle's backbone along real trajectories: all noise levels, guided, one point or K = 2 at a time.
 
     Every prompt is drawn twice from a seed of its own: by Euler at `STEPS` times, and with the start table of two
-    directions, half of whose calls hold rows of two times. Calls are cut to the rows of the backbone's first graph, to
-    2 where it takes any number. Of a trajectory's calls only those that are wanted stay in memory, others of the next.
+    directions, whose midpoints lie off Euler's path. Calls are cut to the rows of the backbone's first graph, to 2
+    where it takes any number. Of a trajectory's calls only those that are wanted stay in memory.
 
     Parameters
     ----------

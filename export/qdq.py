@@ -29,6 +29,7 @@ from onnxruntime.quantization.quant_utils import add_infer_metadata
 from . import ExportError
 from .graph import save, save_sharing
 
+_PRODUCTS = ("Conv", "Gemm", "MatMul")
 _TYPES = {"uint8": QuantType.QUInt8, "uint16": QuantType.QUInt16}
 Ranges = Mapping[str, tuple[float, float]]  # tensor -> least and largest value
 
@@ -80,8 +81,23 @@ def quantise(
 
 
 def kept(model: onnx.ModelProto) -> set[str]:
-    """Nodes that stay in float."""
-    return set()
+    """Nodes that stay in float: the network of the time, up to its second product.
+
+    It is what depends on nothing but an input of one number a row. Sine and cosine of numbers up to 1000 bear no steps
+    of 4, and everything after them hangs on this one vector; of the weights it is a thousandth.
+    """
+    scalars = {value.name for value in model.graph.input if len(value.type.tensor_type.shape.dim) == 1}
+    depth = dict.fromkeys(scalars, 0)  # tensor that depends on them alone -> products on the way to it
+    weights = {tensor.name for tensor in model.graph.initializer}
+    found = set()
+    for node in model.graph.node:
+        made = [name for name in node.input if name and name not in weights]
+        if made and all(name in depth for name in made):
+            products = max(depth[name] for name in made) + (node.op_type in _PRODUCTS)
+            if products <= 2:
+                found.add(node.name)
+                depth |= dict.fromkeys(node.output, products)
+    return found
 
 
 def calibrate(graph: Path, feeds: Sequence[Mapping[str, np.ndarray]]) -> dict[str, tuple[float, float]]:
@@ -100,10 +116,12 @@ def calibrate(graph: Path, feeds: Sequence[Mapping[str, np.ndarray]]) -> dict[st
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
-    with tempfile.NamedTemporaryFile(dir=graph.parent, suffix=".onnx") as file:
-        file.write(model.SerializeToString())
-        file.flush()
-        session = onnxruntime.InferenceSession(file.name, options, providers=["CPUExecutionProvider"])
+    beside = graph.with_name(f".{graph.stem}.ranges.onnx")  # for its data is found by its place
+    try:
+        onnx.save(model, beside)
+        session = onnxruntime.InferenceSession(beside, options, providers=["CPUExecutionProvider"])
+    finally:
+        beside.unlink(missing_ok=True)
     low, high = np.full(len(names), np.inf), np.full(len(names), -np.inf)
     for feed in feeds:
         values = np.asarray(session.run(wanted, dict(feed)), np.float64).reshape(-1, 2)
@@ -140,9 +158,16 @@ def _quantised(
     model: onnx.ModelProto, ranges: Ranges, activations: Literal["uint8", "uint16"], spared: Collection[str]
 ) -> onnx.ModelProto:
     nodes = [node.name for node in model.graph.node if node.name in spared or node.op_type in spared]
+    weights = {tensor.name for tensor in model.graph.initializer}
+    per_column = [{"axis": 1, "quant_type": QuantType.QInt8, "symmetric": True}]  # the library has them per tensor
     config = get_qnn_qdq_config(
         model,
         None,
+        init_overrides={
+            node.input[1]: per_column
+            for node in model.graph.node
+            if node.op_type == "MatMul" and node.input[1] in weights and node.name not in nodes
+        },
         activation_type=_TYPES[activations],
         weight_type=QuantType.QInt8,
         per_channel=True,

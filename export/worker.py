@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from runtime.errors import RunError
 from runtime.memory import peak_rss_bytes
 
 from . import ExportError
@@ -67,7 +68,7 @@ def main(path: str) -> int:
     started = time.perf_counter()
     try:
         found = _task(job.task)(job)
-    except ExportError as error:
+    except (ExportError, RunError) as error:
         found = {"failure": str(error)}
     except OSError as error:
         remedy = _REMEDIES.get(error.errno or 0, "")

@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from runtime.errors import BundleError
+from runtime.errors import RunError
 from runtime.memory import peak_rss_bytes
 
 from . import ExportError, checkpoint, plan, targets, write
@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="export-") as scratch:
             report = run(given, Path(scratch))
-    except (ExportError, BundleError) as error:
+    except (ExportError, RunError) as error:
         print(f"export: {error}", file=sys.stderr)
         return 2
     except OSError as error:

@@ -133,7 +133,7 @@ def write(plan: Plan, target: Path, overwrite: bool, say: Say) -> tuple[dict[str
 def _calibrate(plan: Plan, exported: Written, partial: Path, notes: Path) -> Written:
     """Quantises the backbone of the fp32 bundle in `partial`; what its component is then."""
     started, at = time.perf_counter(), plan.precisions[plan.backbone]
-    prompts = read_prompts(None, partial)
+    prompts = _prompts(partial)
     prompts = prompts[: -plan.pictures or None] or prompts
     found = run(_job(plan, "calibrate", plan.backbone, at, partial, notes, prompts))
     component = replace(
@@ -146,6 +146,13 @@ def _calibrate(plan: Plan, exported: Written, partial: Path, notes: Path) -> Wri
     return replace(exported, component=component, seconds=seconds, parity_rss_bytes=found["peak_rss_bytes"])
 
 
+def _prompts(partial: Path) -> tuple[str, ...]:
+    """The bundle's own, or those that come with the runtime."""
+    if prompts := read_prompts(None, partial):
+        return prompts
+    raise ExportError(f"{PROMPTS}: holds no prompts; write some into the checkpoint's, one a line, or delete the file")
+
+
 def _compare_pictures(plan: Plan, partial: Path, notes: Path, say: Say) -> Picture | None:
     """Of the last prompts, with which nothing was calibrated."""
     at = plan.precisions.get(plan.backbone, "fp32")
@@ -153,7 +160,7 @@ def _compare_pictures(plan: Plan, partial: Path, notes: Path, say: Say) -> Pictu
         if at != "fp32":
             say("pictures: not checked against fp32")
         return None
-    started, prompts = time.perf_counter(), read_prompts(None, partial)[-plan.pictures :]
+    started, prompts = time.perf_counter(), _prompts(partial)[-plan.pictures :]
     say(f"pictures: drawing {len(prompts)} at {at} and as many at fp32")
     found = run(_job(plan, "picture", plan.backbone, at, partial, notes, prompts))
     picture = Picture(**{entry.name: found[entry.name] for entry in fields(Picture)})

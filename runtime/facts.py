@@ -164,8 +164,8 @@ def read_facts(file: Path) -> Facts:
         )
     content = {key: value for key, value in content.items() if key != "format"}
     facts: Facts = parse(Facts, content, file)
-    if PICTURE in {one.path for one in facts.files}:
-        note = file.with_name(PICTURE)
+    note = file.with_name(PICTURE)
+    if PICTURE in {one.path for one in facts.files} and note.is_file():  # if not, `Bundle.open` says so
         facts = replace(facts, picture=parse(Picture, load_json(note), note))
     parts = facts.components.values()
     for name, part in facts.components.items():

@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from runtime.errors import BundleError
+from runtime.errors import RunError
 from runtime.memory import peak_rss_bytes
 
 from . import ExportError, checkpoint, plan, targets, write
@@ -51,12 +51,22 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--dtype",
-        choices=("fp32", "fp16"),
-        help="fp16: backbone computes in fp16; encoders and VAE keep fp16 weights, and compute in fp32 "
-        "(default: the target's; fp32 for cpu)",
+        choices=targets.DTYPES,
+        help="of the backbone: fp16 and bf16 compute so, int8 and w8a16 in 8 bits with calibrated activations of 8 or "
+        "16, int8-weights and int4-weights only store their linear layers so; encoders and VAE then keep fp16 weights, "
+        "and compute in fp32 (default: the target's; fp32 for cpu)",
     )
     add(
-        "--t5", choices=("none", "fp16"), default="none", help="Stable Diffusion 3's third text encoder (default: none)"
+        "--t5",
+        choices=("none", "fp16", "int8", "int4"),
+        default="none",
+        help="Stable Diffusion 3's third text encoder, by how its weights are stored (default: none)",
+    )
+    add(
+        "--picture-check",
+        type=int,
+        metavar="N",
+        help=f"prompts whose pictures are compared with those at fp32, on the CPU (default: {plan.PICTURES}; 0: none)",
     )
     add("--opset", type=int, choices=plan.OPSETS, help="of the graphs (default: the target's; 23 for cpu)")
     add("--revision", help="branch, tag or commit on the hub")
@@ -79,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="export-") as scratch:
             report = run(given, Path(scratch))
-    except (ExportError, BundleError) as error:
+    except (ExportError, RunError) as error:
         print(f"export: {error}", file=sys.stderr)
         return 2
     except OSError as error:
@@ -118,6 +128,7 @@ def run(given: argparse.Namespace, scratch: Path) -> dict[str, object]:
             given.opset,
             given.target,
             tuple(given.rows) if given.rows else None,
+            given.picture_check,
         ),
     )
     target = given.output or Path("bundles") / source.name
@@ -129,7 +140,7 @@ def run(given: argparse.Namespace, scratch: Path) -> dict[str, object]:
         return dry_run(planned, target)
     write.check_target(target, given.overwrite)
     source.fetch(tuple(planned.precisions))
-    written = write.write(planned, target.resolve(), given.overwrite, say)
+    written, picture = write.write(planned, target.resolve(), given.overwrite, say)
     seconds = time.perf_counter() - started
     peak = max(peak_rss_bytes() or 0, *(max(one.export_rss_bytes, one.parity_rss_bytes) for one in written.values()))
     say(f"{target}: {planned.width}x{planned.height}, {seconds:.0f} s, peak memory {peak / 1e9:.1f} GB in one process")
@@ -150,6 +161,7 @@ def run(given: argparse.Namespace, scratch: Path) -> dict[str, object]:
             }
             for name, one in written.items()
         ],
+        "picture": picture and vars(picture),
         "seconds": seconds,
         "peak_rss_bytes": peak,
     }
@@ -178,6 +190,13 @@ def dry_run(planned: plan.Plan, target: Path) -> dict[str, object]:
             f"{name}: {planned.precisions[name]}, {one['disk_bytes'] / 1e9:.2f} GB of disk, memory about "
             f"{one['export_ram_bytes'] / 1e9:.1f} GB to export, {one['parity_ram_bytes'] / 1e9:.1f} GB for parity"
         )
+    if planned.pictures:
+        say(
+            f"picture check: {planned.pictures} pictures in fp32 by torch, then with the graph, on this CPU: minutes "
+            "at 512x512 for a model of full size, and its weights in fp32 in memory; --picture-check 0 leaves it out"
+        )
+    if planned.calibrated:
+        say(f"{planned.backbone}: exported in fp32 first, then calibrated on drawings: 8 pictures' time, on this CPU")
     disk = sum(one["disk_bytes"] for one in predicted.values())
     ram = max(max(one["export_ram_bytes"], one["parity_ram_bytes"]) for one in predicted.values())
     say(f"{target}: {disk / 1e9:.2f} GB of disk, memory about {ram / 1e9:.1f} GB; nothing was written")

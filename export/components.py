@@ -1,15 +1,17 @@
 """The parts of a pipeline as graphs: for each its contract and, beside it, the torch module that fulfils it.
 
-Precisions: `fp32`; `fp16` (weights and arithmetic); `fp16-weights` (weights stored in fp16, arithmetic in fp32). At
-`--dtype fp16` the backbone, which runs at every step, is `fp16`; what runs once a picture is `fp16-weights`: a VAE
-draws black pictures in fp16 and T5's late blocks overflow it. Inputs and outputs are float32 at every precision.
+Precisions: `fp32`; `fp16` and `bf16` (weights and arithmetic); `fp16-weights`, `int8-weights` and `int4-weights` (so
+stored, arithmetic in fp32, or, of products with the latter two, in 8 bits); `int8` and `w8a16` (weights in 8 bits,
+activations in 8 or 16, calibrated). Only the backbone, which runs at every step, has all of them; what runs once a
+picture computes in fp32: a VAE draws black pictures in fp16 and T5's late blocks overflow it. The last four are made of
+the graphs of another precision, see `TRACED`. Inputs and outputs are float32 at every precision.
 Knows nothing of files, processes or ONNX.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,22 @@ _MODELS: dict[str, type[Any]] = {
     "text_encoder_2": CLIPTextModelWithProjection,
     "text_encoder_3": T5EncoderModel,
 }
-# Largest error against torch in fp32 on the same (rounded) weights, relative to the output's largest magnitude.
-_TOLERANCE = {"fp32": 1e-4, "fp16-weights": 1e-4, "fp16": 5e-3}
+TRACED = {"int8": "fp32", "w8a16": "fp32", "int8-weights": "fp16-weights", "int4-weights": "fp16-weights"}
+WEIGHT_BITS = {"int8-weights": 8, "int4-weights": 4}
+BLOCK = {"int8-weights": 128, "int4-weights": 32}  # weights per scale
+_ARITHMETIC = {"fp16": torch.float16, "bf16": torch.bfloat16}  # elsewhere fp32
+# Largest error against torch in fp32 on the same (rounded) weights, relative to the output's largest magnitude. Those
+# of quantised graphs are about three times what the shapes models show. A bf16 graph is tried computing in fp32.
+TOLERANCE = {
+    "fp32": 1e-4,
+    "fp16-weights": 1e-4,
+    "fp16": 5e-3,
+    "bf16": 1e-4,
+    "int8-weights": 0.05,
+    "int4-weights": 0.2,
+    "int8": 0.3,
+    "w8a16": 0.1,
+}
 
 
 @dataclass(frozen=True)
@@ -44,7 +60,6 @@ class Contract:
     component: str
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
-    tolerance: Mapping[str, float] = field(default_factory=lambda: dict(_TOLERANCE))  # per precision
     vocabulary: int = 0  # text encoders: number of tokens
     end: int = 0  # text encoders: the token that ends a prompt
 
@@ -127,7 +142,8 @@ def module(component: str, folder: Path, facts: Facts, at: str, variant: str | N
     OSError, ValueError, RuntimeError
         As diffusers and transformers raise them, where weights are missing, damaged or of another shape.
     """
-    dtype = torch.float32 if at == "fp32" else torch.float16
+    at = TRACED.get(at, at)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(at, torch.float16)
     kind, part = _kind(component, facts), folder / part_of(component)
     model = _draw(kind, part, dtype) if random else _load(kind, part, dtype, variant)
     model.eval().requires_grad_(False)
@@ -191,15 +207,15 @@ def _draw(kind: type[Any], folder: Path, dtype: torch.dtype) -> nn.Module:
 
 
 class AtPrecision(nn.Module):
-    """Float32 in and out around a module that computes at its precision. Timesteps are never rounded to fp16."""
+    """Float32 in and out around a module that computes at its precision. Timesteps are never rounded."""
 
     def __init__(self, model: nn.Module, at: str) -> None:
         super().__init__()
         self.model, self.at = model, at
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        if self.at == "fp16":
-            inputs = tuple(x.half() if x.is_floating_point() and x.ndim > 1 else x for x in inputs)
+        if dtype := _ARITHMETIC.get(self.at):
+            inputs = tuple(x.to(dtype) if x.is_floating_point() and x.ndim > 1 else x for x in inputs)
         if self.at == "fp16-weights":
             weights = {name: value.float() for name, value in _floats(self.model).items()}
             outputs = torch.func.functional_call(self.model, weights, inputs)

@@ -87,7 +87,7 @@ def save_sharing(model: ir.Model, path: Path, other: Path) -> None:
 
 def _content(tensor: ir.TensorProtocol) -> tuple[str, tuple[int, ...], bytes]:
     array = np.ascontiguousarray(tensor.numpy())
-    return str(array.dtype), array.shape, hashlib.sha256(array.data).digest()
+    return str(array.dtype), array.shape, hashlib.sha256(array.reshape(-1).view(np.uint8).data).digest()  # bf16, too
 
 
 def declared(model: ir.Model) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

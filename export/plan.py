@@ -9,14 +9,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from runtime.bundle import describe
-from runtime.facts import BACKBONE, Defaults, Facts
+from runtime.facts import BACKBONE, REQUIRED, Defaults, Facts
 from runtime.parse import load_json
 
 from . import ExportError
 from .checkpoint import Checkpoint, read_config
-from .targets import backbone_rows, choose, component_rows, precision
+from .targets import CALIBRATED, backbone_rows, choose, component_rows, precision
 
 OPSETS = (18, 20, 21, 23)
+PICTURES, PICTURE_STEPS = 2, 6  # compared with those at fp32, unless told otherwise; a table has steps of its own
+_BYTES = {"fp32": 4.0, "int8": 1.0, "w8a16": 1.0, "int8-weights": 1.1, "int4-weights": 0.7}  # a weight; others 2
 TRIAL = (16, 24)  # latent height and width that parity is tried at, where the picture is larger
 
 
@@ -28,11 +30,12 @@ class Options:
     height: int | None = None  # pixels; None: the size the checkpoint was trained at
     width: int | None = None
     directions: int | None = None  # K, 2 if None: parity is tried at 2 and at 2 K rows, which static graphs have
-    dtype: str | None = None  # fp32 | fp16; None: the target's
-    t5: str = "none"  # none | fp16
+    dtype: str | None = None  # one of targets.DTYPES; None: the target's
+    t5: str = "none"  # none | fp16 | int8 | int4
     opset: int | None = None  # None: the target's
     target: str = "cpu"  # a key of targets.TARGETS
     rows: tuple[int, ...] | None = None  # of a static target's backbone, in place of 2 and 2 K
+    pictures: int | None = None  # to compare with those at fp32, one a prompt, where that is possible; 0: none
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,16 @@ class Plan:
     t5: bool
     target: str
     rows: dict[str, tuple[int, ...]]  # component -> row counts of its graphs, the first graph's first; (): dynamic
+    pictures: int  # to compare with those at fp32; 0: none
+
+    @property
+    def backbone(self) -> str:
+        return BACKBONE[self.facts.family]
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the backbone is quantised with activations, for which the rest of the bundle draws first."""
+        return self.precisions.get(self.backbone) in CALIBRATED
 
 
 def make(checkpoint: Checkpoint, options: Options) -> Plan:
@@ -60,7 +73,7 @@ def make(checkpoint: Checkpoint, options: Options) -> Plan:
         If the folder is no checkpoint, a component is missing, or a size does not fit.
     """
     folder = checkpoint.folder
-    dtype, opset = choose(options.target, options.dtype, options.opset)
+    dtype, opset = choose(options.target, options.dtype, options.opset, options.t5)
     rows = backbone_rows(options.target, options.directions, options.rows)
     settings = {}
     if (folder / "shapes.json").is_file():
@@ -75,7 +88,7 @@ def make(checkpoint: Checkpoint, options: Options) -> Plan:
     known = (*text, BACKBONE[facts.family], "vae_decoder", "vae_encoder")
     chosen = options.components or known
     if strangers := [name for name in chosen if name not in known]:
-        hint = " (it needs --t5 fp16)" if strangers[0] == "text_encoder_3" else ""
+        hint = " (it needs --t5)" if strangers[0] == "text_encoder_3" else ""
         raise ExportError(f"--components {strangers[0]}: this model has {', '.join(known)}{hint}")
     chosen = tuple(name for name in known if name in chosen)
     for name in chosen:
@@ -84,6 +97,11 @@ def make(checkpoint: Checkpoint, options: Options) -> Plan:
     if option and BACKBONE[facts.family] not in chosen:
         raise ExportError(
             f"{option}: of the backbone's graphs, which are not among --components; leave one of them out"
+        )
+    whole = set(REQUIRED[facts.family]) <= set(chosen)
+    if dtype in CALIBRATED and BACKBONE[facts.family] in chosen and not whole:
+        raise ExportError(
+            f"--dtype {dtype}: is calibrated on drawings, for which --components lacks parts; leave it out"
         )
     height, width = _size(facts, read_config(folder, BACKBONE[facts.family]), options)
     defaults = Defaults(
@@ -95,7 +113,7 @@ def make(checkpoint: Checkpoint, options: Options) -> Plan:
     return Plan(
         checkpoint,
         replace(facts, defaults=defaults, target=options.target),
-        {name: precision(name, dtype, options.target) for name in chosen},
+        {name: precision(name, dtype, options.target, options.t5) for name in chosen},
         height,
         width,
         options.directions or 2,
@@ -103,7 +121,22 @@ def make(checkpoint: Checkpoint, options: Options) -> Plan:
         t5,
         options.target,
         {name: component_rows(name, rows) for name in chosen},
+        _pictures(dtype, whole and not checkpoint.source.random_weights, options.pictures),
     )
+
+
+def _pictures(dtype: str, drawable: bool, asked: int | None) -> int:
+    """How many pictures to compare; ExportError for some that cannot be drawn or would show nothing."""
+    if asked is not None and asked < 0:
+        raise ExportError(f"--picture-check {asked}: give a number of prompts, or 0 for none")
+    if asked and dtype == "fp32":
+        raise ExportError(f"--picture-check {asked}: the backbone is in fp32 itself; leave it out")
+    if asked and not drawable:
+        raise ExportError(
+            f"--picture-check {asked}: pictures need every component and trained weights; leave it out, or "
+            "--components or --random-weights"
+        )
+    return 0 if dtype == "fp32" or not drawable else PICTURES if asked is None else asked
 
 
 def _size(facts: Facts, backbone: dict[str, Any], options: Options) -> tuple[int, int]:
@@ -146,16 +179,17 @@ def predict(plan: Plan) -> dict[str, dict[str, int]]:
     An estimate, from what the processes hold at their largest: the programs themselves 0.8 GB; exporting the weights
     once and a tenth more; parity them in fp32 and a share of the graph's copy. What it took in truth is in the report.
     """
-    from .components import count_parameters
+    from .components import TRACED, count_parameters
 
     predicted = {}
     for component, at in plan.precisions.items():
         parameters = count_parameters(component, plan.checkpoint.folder, plan.facts)
-        disk = parameters * (4 if at == "fp32" else 2)
+        disk = int(parameters * _BYTES.get(at, 2))
+        traced = int(parameters * _BYTES.get(TRACED.get(at, at), 2))
         predicted[component] = {
             "parameters": parameters,
             "disk_bytes": disk,
-            "export_ram_bytes": 800_000_000 + disk * 11 // 10,
+            "export_ram_bytes": 800_000_000 + traced * 11 // 10 + (disk if traced != disk else 0),
             "parity_ram_bytes": 800_000_000 + parameters * 4 + disk // 2,
         }
     return predicted

@@ -8,7 +8,7 @@ the other devices nothing was run. Knows nothing of torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +17,10 @@ from runtime.facts import BACKBONE
 from . import ExportError
 
 _VAE = ("vae_decoder", "vae_encoder")
+DTYPES = ("fp32", "fp16", "bf16", "int8", "w8a16", "int8-weights", "int4-weights")  # see export.components
+CALIBRATED: Mapping[str, Literal["uint8", "uint16"]] = {"int8": "uint8", "w8a16": "uint16"}  # activations
+_BITS = DTYPES[-2:]  # MatMulNBits: CPU, CUDA and WebGPU have kernels for both; DirectML for 4 bits, the NPUs for none
+_T5 = {"fp16": "fp16-weights", "int8": "int8-weights", "int4": "int4-weights"}  # --t5 -> precision
 
 
 @dataclass(frozen=True)
@@ -24,9 +28,9 @@ class Target:
     """What the graphs of a bundle must be. The first of `opsets` and of `dtypes` is taken where nothing is asked."""
 
     opsets: tuple[int, ...]  # that its provider reads
-    dtypes: tuple[str, ...]  # of the backbone: fp32 | fp16
+    dtypes: tuple[str, ...]  # of the backbone, see `DTYPES`
     split: Literal["any", "batch", "calls"]  # any: dynamic rows; static: 2 and 2 K rows, or 2 alone and K calls
-    vae: str = "fp16-weights"  # precision of the VAE at fp16; always computes in fp32
+    vae: str = "fp16-weights"  # precision of the VAE wherever the backbone's is not fp32; always computes in fp32
 
     @property
     def static(self) -> bool:
@@ -39,19 +43,19 @@ def _npu(opsets: tuple[int, ...], dtypes: tuple[str, ...], split: Literal["batch
 
 # Opset 23 has Attention, so that one node is one attention; ONNX Runtime's CPU kernels have it since 1.23.
 TARGETS = {
-    "cpu": Target((23, 18, 20, 21), ("fp32", "fp16"), "any"),
-    "cuda": Target((23, 18, 20, 21), ("fp16", "fp32"), "any"),
-    "directml": Target((18,), ("fp16", "fp32"), "any"),  # has no Gelu, which our graphs have from opset 20 on
-    "webgpu": Target((20, 18, 21), ("fp32", "fp16"), "any"),  # fp16 needs shader-f16
-    "vitisai": _npu((18, 20), ("fp32",), "calls"),  # compiles fp32 graphs to bf16
-    "qnn": _npu((20, 18, 21), ("fp16", "fp32"), "batch"),
-    "openvino": _npu((20, 18, 21), ("fp32", "fp16"), "batch"),  # static for its NPU
+    "cpu": Target((23, 18, 20, 21), ("fp32", "fp16", "int8", *_BITS), "any"),
+    "cuda": Target((23, 18, 20, 21), ("fp16", "fp32", "bf16", *_BITS), "any"),
+    "directml": Target((18,), ("fp16", "fp32", "int4-weights"), "any"),  # no Gelu, which our graphs have from 20 on
+    "webgpu": Target((20, 18, 21), ("fp32", "fp16", *_BITS), "any"),  # fp16 needs shader-f16
+    "vitisai": _npu((18, 20), ("fp32", "int8", "w8a16"), "calls"),  # compiles fp32 graphs to bf16
+    "qnn": _npu((20, 18, 21), ("fp16", "fp32", "int8", "w8a16"), "batch"),
+    "openvino": _npu((20, 18, 21), ("fp32", "fp16", "int8"), "batch"),  # static for its NPU
     "coreml": _npu((18, 20, 21), ("fp16", "fp32"), "batch"),
 }
 
 
-def choose(name: str, dtype: str | None, opset: int | None) -> tuple[str, int]:
-    """Precision and opset for a target; ExportError for those that it cannot have."""
+def choose(name: str, dtype: str | None, opset: int | None, t5: str = "none") -> tuple[str, int]:
+    """Precision and opset for a target; ExportError for those, and a `--t5`, that it cannot have."""
     target = TARGETS[name]
     dtype, opset = dtype or target.dtypes[0], opset or target.opsets[0]
     if dtype not in target.dtypes:
@@ -60,6 +64,8 @@ def choose(name: str, dtype: str | None, opset: int | None) -> tuple[str, int]:
         raise ExportError(
             f"--opset {opset}: --target {name} takes {', '.join(map(str, sorted(target.opsets)))}; leave the option out"
         )
+    if t5 in ("int8", "int4") and _T5[t5] not in target.dtypes:
+        raise ExportError(f"--t5 {t5}: --target {name} has no kernels for such weights; give --t5 fp16")
     return dtype, opset
 
 
@@ -97,10 +103,10 @@ def component_rows(component: str, backbone: tuple[int, ...]) -> tuple[int, ...]
     return backbone if component in BACKBONE.values() or not backbone else (1,)
 
 
-def precision(component: str, dtype: str, name: str) -> str:
-    """The precision of a component in a bundle of a dtype, fp32 or fp16, for a target."""
-    if component in _VAE and dtype == "fp16":
-        return TARGETS[name].vae
-    if component == "text_encoder_3" or (dtype == "fp16" and component not in BACKBONE.values()):
-        return "fp16-weights"
-    return dtype
+def precision(component: str, dtype: str, name: str, t5: str = "fp16") -> str:
+    """The precision of a component in a bundle of a dtype, with a T5 of its own, for a target."""
+    if component == "text_encoder_3":
+        return _T5[t5]
+    if dtype == "fp32" or component in BACKBONE.values():
+        return dtype
+    return TARGETS[name].vae if component in _VAE else "fp16-weights"

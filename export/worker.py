@@ -16,15 +16,18 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from runtime.errors import RunError
 from runtime.memory import peak_rss_bytes
 
 from . import ExportError
 
 GRAPH, TRIAL = "model.onnx", "trial.onnx"  # of several, those of the first row count
+CALLS, HELD_OUT = 100, 5  # calls of the backbone to calibrate with; every 5th is left out and judged by
 NO_RESULT = 74  # exit status: the result could not be written
 SHORT_OF_MEMORY = (
     "ran out of memory or was killed for it; `--dry-run` tells what it needs: give a smaller --height and --width, "
@@ -41,7 +44,7 @@ _REMEDIES = {
 class Job:
     """What a worker is told. Paths are absolute."""
 
-    task: str  # export | parity
+    task: str  # export | parity | calibrate | picture
     component: str
     checkpoint: str  # folder
     folder: str  # of the component, in the bundle that is being written
@@ -56,6 +59,7 @@ class Job:
     rows: tuple[int, ...] = ()  # a graph of each; (): one graph of any number
     variant: str | None = None
     random: bool = False
+    prompts: tuple[str, ...] = ()  # to calibrate with, or to draw
 
 
 def main(path: str) -> int:
@@ -63,8 +67,8 @@ def main(path: str) -> int:
     job = Job(**json.loads(Path(path).read_text(encoding="utf-8")))
     started = time.perf_counter()
     try:
-        found = {"export": export, "parity": parity}[job.task](job)
-    except ExportError as error:
+        found = _task(job.task)(job)
+    except (ExportError, RunError) as error:
         found = {"failure": str(error)}
     except OSError as error:
         remedy = _REMEDIES.get(error.errno or 0, "")
@@ -79,11 +83,21 @@ def main(path: str) -> int:
     return 1 if "failure" in found else 0
 
 
+def _task(name: str) -> Callable[[Job], dict[str, Any]]:
+    if name == "picture":
+        from .picture import compare
+
+        return compare
+    return {"export": export, "parity": parity, "calibrate": calibrate}[name]
+
+
 def export(job: Job) -> dict[str, Any]:
     """Writes the graphs, their data file and, at a small size, those for parity; gives what bundle.json says."""
-    facts, module = _open(job)
+    facts, module = open_module(job)
     agreed = _contract(job, facts, job.height, job.width)
     found = [_export_graph(job, facts, module, rows) for rows in job.rows or (None,)]
+    del module
+    _rewrite(job)
     return {
         "inputs": [asdict(tensor) for tensor in agreed.inputs],
         "outputs": [asdict(tensor) for tensor in agreed.outputs],
@@ -128,6 +142,61 @@ def _export_graph(job: Job, facts: Any, module: Any, rows: int | None) -> dict[s
     return found
 
 
+def _rewrite(job: Job) -> None:
+    """Quantises the weights of what was traced; makes the graphs that parity is tried with such as the CPU can run."""
+    from . import weights
+    from .components import BLOCK, WEIGHT_BITS
+
+    files = [_graph_file(job, first, rows) for first in (GRAPH, TRIAL) for rows in job.rows or (None,)]
+    files = [file for file in files if file.exists()]
+    if bits := WEIGHT_BITS.get(job.precision):
+        weights.quantise(files, bits, BLOCK[job.precision])
+    if job.precision == "bf16":
+        for rows in job.rows or (None,):
+            trial = _graph_file(job, TRIAL, rows)
+            weights.widen(trial if trial.exists() else _graph_file(job, GRAPH, rows), trial)
+
+
+def calibrate(job: Job) -> dict[str, Any]:
+    """Makes quantised graphs of fp32 ones in a whole bundle; their largest error at recorded inputs left out of that.
+
+    ExportError above tolerance.
+    """
+    import numpy as np
+
+    from .calibrate import record
+    from .qdq import quantise
+    from .targets import CALIBRATED
+
+    folder = Path(job.folder)
+    files = {rows: _graph_file(job, GRAPH, rows) for rows in job.rows or (None,)}
+    feeds = record(folder.parent, prompts=job.prompts, count=CALLS)
+    apart = feeds[HELD_OUT - 1 :: HELD_OUT]
+    held = {name: np.concatenate([feed[name] for feed in apart]) for name in feeds[0]}
+    expected = [_answers(file, held, rows) for rows, file in files.items()]
+    rest = [feed for number, feed in enumerate(feeds, 1) if number % HELD_OUT]
+    quantise(list(files.values()), rest, activations=CALIBRATED[job.precision])
+    got = [_answers(file, held, rows) for rows, file in files.items()]
+    pairs = zip(got, expected, strict=True)
+    error = float(np.max([np.abs(one - other).max() / np.abs(other).max() for one, other in pairs]))
+    return _judged(job, "fp32", tuple(job.rows) or (2,), error)
+
+
+def _answers(file: Path, feeds: dict[str, Any], rows: int | None) -> Any:
+    """A graph's first output for (R, ...) inputs, in calls of `rows`, 2 where it takes any; rows left over are not run.
+
+    NaN where it is not finite.
+    """
+    import numpy as np
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    rows = rows or 2
+    starts = range(0, len(next(iter(feeds.values()))) - rows + 1, rows)
+    calls = ({name: value[start : start + rows] for name, value in feeds.items()} for start in starts)
+    return np.concatenate([session.run(None, call)[0] for call in calls])
+
+
 def _check_operators(job: Job, path: Path) -> None:
     """ExportError for what the target cannot run of a graph, by the rules of `export.lint` for operators."""
     from .lint import OPERATORS, TARGETS, lint
@@ -154,7 +223,7 @@ def parity(job: Job) -> dict[str, Any]:
 
     from .plan import trial_size
 
-    facts, module = _open(job)
+    facts, module = open_module(job)
     small = _contract(job, facts, *trial_size(facts, job.height, job.width))
     rows = tuple(job.rows) or tuple(dict.fromkeys((2, 2 * job.directions)))
     module = module.reference()
@@ -179,16 +248,22 @@ def parity(job: Job) -> dict[str, Any]:
                 )
             scale = max(float(np.abs(other).max()), 1e-12)
             error = float(np.maximum(error, np.abs(one - other).max() / scale))  # unlike max, keeps a NaN
-    tolerance = small.tolerance[job.precision]
+    return _judged(job, "torch", rows, error)
+
+
+def _judged(job: Job, other: str, rows: tuple[int, ...], error: float) -> dict[str, Any]:
+    from .components import TOLERANCE
+
+    tolerance = TOLERANCE[job.precision]
     if not error <= tolerance:
         raise ExportError(
-            f"{job.component}: differs from torch by {error:.1e} relative, {tolerance:.0e} are allowed "
+            f"{job.component}: differs from {other} by {error:.1e} relative, {tolerance:.0e} are allowed "
             f"at {job.precision}; nothing was written; try another --opset, or --dtype fp32"
         )
     return {"rows": rows, "error": error, "tolerance": tolerance}
 
 
-def _open(job: Job) -> tuple[Any, Any]:
+def open_module(job: Job) -> tuple[Any, Any]:
     """Facts of the checkpoint and the component's torch module."""
     from safetensors import SafetensorError
 

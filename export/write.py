@@ -18,9 +18,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,14 @@ from typing import Any
 from epd import Table
 from epd.catalogue import SHIPPED
 from runtime.bundle import PROMPTS, TABLES, best_first, sha256
-from runtime.facts import FILE, Component, Parity, Stored, Tensor, write_facts
+from runtime.facts import FILE, PICTURE, Component, Parity, Picture, Stored, Tensor, write_facts
+from runtime.order import read_prompts
 from runtime.parse import load_json
 
 from . import ExportError
 from .checkpoint import part_of, read_config
 from .plan import Plan
+from .targets import CALIBRATED
 from .worker import GRAPH, NO_RESULT, SHORT_OF_MEMORY, TRIAL, Job
 
 _TOOLS = ("torch", "onnxscript", "onnx-ir", "diffusers", "transformers", "onnxruntime")
@@ -87,13 +89,14 @@ def _writing(target: Path) -> Iterator[None]:
         ) from error
 
 
-def write(plan: Plan, target: Path, overwrite: bool, say: Say) -> dict[str, Written]:
-    """Exports all components of a plan into the bundle `target`.
+def write(plan: Plan, target: Path, overwrite: bool, say: Say) -> tuple[dict[str, Written], Picture | None]:
+    """Exports all components of a plan into the bundle `target`, and compares its pictures with those at fp32.
 
     Raises
     ------
     ExportError
-        If a component cannot be exported or differs from torch by more than its tolerance; nothing is left behind.
+        If a component cannot be exported or differs from torch by more than its tolerance, or the pictures do;
+        nothing is left behind.
     """
     check_target(target, overwrite)
     with tempfile.TemporaryDirectory(prefix="export-") as notes, _aside(target) as partial:
@@ -101,6 +104,7 @@ def write(plan: Plan, target: Path, overwrite: bool, say: Say) -> dict[str, Writ
         files = _stored(partial, partial.rglob("*"))  # graphs and tables come later
         written = {}
         for number, (component, at) in enumerate(plan.precisions.items(), 1):
+            at = "fp32" if at in CALIBRATED else at  # the rest is done when the whole bundle can draw
             say(f"[{number}/{len(plan.precisions)}] {component}: exporting at {at}")
             written[component] = _write_component(plan, component, at, partial, Path(notes))
             say(_told(component, written[component]))
@@ -112,7 +116,60 @@ def write(plan: Plan, target: Path, overwrite: bool, say: Say) -> dict[str, Writ
             exported_by=_tools(),
         )
         write_facts(partial, facts)
-    return written
+        if plan.calibrated:
+            say(f"{plan.backbone}: calibrating at {plan.precisions[plan.backbone]}")
+            written[plan.backbone] = _calibrate(plan, written[plan.backbone], partial, Path(notes))
+            say(_told(plan.backbone, written[plan.backbone], "fp32"))
+            facts = replace(facts, components={name: one.component for name, one in written.items()})
+            write_facts(partial, facts)
+        picture = _compare_pictures(plan, partial, Path(notes), say)
+        if picture is not None:
+            _write_json(partial / PICTURE, asdict(picture))
+            facts = replace(facts, files=(*facts.files, *_stored(partial, [partial / PICTURE])))
+            write_facts(partial, facts)
+    return written, picture
+
+
+def _calibrate(plan: Plan, exported: Written, partial: Path, notes: Path) -> Written:
+    """Quantises the backbone of the fp32 bundle in `partial`; what its component is then."""
+    started, at = time.perf_counter(), plan.precisions[plan.backbone]
+    prompts = _prompts(partial)
+    prompts = prompts[: -plan.pictures or None] or prompts
+    found = run(_job(plan, "calibrate", plan.backbone, at, partial, notes, prompts))
+    component = replace(
+        exported.component,
+        files=_stored(partial, (partial / plan.backbone).glob(f"{Path(GRAPH).stem}*.onnx*")),
+        precision=at,
+        parity=Parity(tuple(found["rows"]), found["error"], found["tolerance"]),
+    )
+    seconds = exported.seconds + time.perf_counter() - started
+    return replace(exported, component=component, seconds=seconds, parity_rss_bytes=found["peak_rss_bytes"])
+
+
+def _prompts(partial: Path) -> tuple[str, ...]:
+    """The bundle's own, or those that come with the runtime."""
+    if prompts := read_prompts(None, partial):
+        return prompts
+    raise ExportError(f"{PROMPTS}: holds no prompts; write some into the checkpoint's, one a line, or delete the file")
+
+
+def _compare_pictures(plan: Plan, partial: Path, notes: Path, say: Say) -> Picture | None:
+    """Of the last prompts, with which nothing was calibrated."""
+    at = plan.precisions.get(plan.backbone, "fp32")
+    if not plan.pictures:
+        if at != "fp32":
+            say("pictures: not checked against fp32")
+        return None
+    started, prompts = time.perf_counter(), _prompts(partial)[-plan.pictures :]
+    say(f"pictures: drawing {len(prompts)} at {at} and as many at fp32")
+    found = run(_job(plan, "picture", plan.backbone, at, partial, notes, prompts))
+    picture = Picture(**{entry.name: found[entry.name] for entry in fields(Picture)})
+    say(
+        f"    pictures: {picture.psnr_db:.1f} dB PSNR to the backbone in fp32 (at least {picture.tolerance_db:.0f}); "
+        f"{picture.steps} steps, error of the backbone {picture.error:.1e}, {time.perf_counter() - started:.0f} s"
+        + ("; drawn by torch at this precision, NOT with the graph" if picture.by == "torch" else "")
+    )
+    return picture
 
 
 def _stored(bundle: Path, paths: Iterable[Path]) -> tuple[Stored, ...]:
@@ -136,12 +193,12 @@ def _tables(plan: Plan, folder: Path) -> tuple[str, ...]:
     return tuple(f"{TABLES}/{name}" for name in best_first(tables))
 
 
-def _told(component: str, one: Written) -> str:
+def _told(component: str, one: Written, other: str = "torch") -> str:
     parity = one.component.parity
     assert parity is not None
     size = sum(stored.bytes for stored in one.component.files)
     return (
-        f"    {component}: {size / 1e6:.1f} MB, error against torch {parity.error:.1e} at rows "
+        f"    {component}: {size / 1e6:.1f} MB, error against {other} {parity.error:.1e} at rows "
         f"{', '.join(map(str, parity.rows))} (allowed {parity.tolerance:.0e}); {one.seconds:.0f} s, peak memory "
         f"{one.export_rss_bytes / 1e9:.1f} GB to export, {one.parity_rss_bytes / 1e9:.1f} GB for parity"
     )
@@ -299,29 +356,8 @@ def _write_component(plan: Plan, component: str, at: str, partial: Path, notes: 
     folder = partial / component
     folder.mkdir(exist_ok=True)
     started = time.perf_counter()
-    exported, compared = (
-        run(
-            Job(
-                task=task,
-                component=component,
-                checkpoint=str(plan.checkpoint.folder),
-                folder=str(folder),
-                result=str(notes / f"{component}.{task}.json"),
-                precision=at,
-                height=plan.height,
-                width=plan.width,
-                directions=plan.directions,
-                opset=plan.opset,
-                t5_tokens=plan.facts.text.t5_tokens,
-                target=plan.target,
-                rows=plan.rows[component],
-                variant=plan.checkpoint.variant,
-                random=plan.checkpoint.source.random_weights,
-            )
-        )
-        for task in ("export", "parity")
-    )
-    for trial in folder.glob(f"{Path(TRIAL).stem}*.onnx"):
+    exported, compared = (run(_job(plan, task, component, at, partial, notes)) for task in ("export", "parity"))
+    for trial in folder.glob(f"{Path(TRIAL).stem}*.onnx*"):
         trial.unlink()
     return Written(
         Component(
@@ -338,6 +374,29 @@ def _write_component(plan: Plan, component: str, at: str, partial: Path, notes: 
         time.perf_counter() - started,
         exported["peak_rss_bytes"],
         compared["peak_rss_bytes"],
+    )
+
+
+def _job(
+    plan: Plan, task: str, component: str, at: str, partial: Path, notes: Path, prompts: Sequence[str] = ()
+) -> Job:
+    return Job(
+        task=task,
+        component=component,
+        checkpoint=str(plan.checkpoint.folder),
+        folder=str(partial / component),
+        result=str(notes / f"{component}.{task}.json"),
+        precision=at,
+        height=plan.height,
+        width=plan.width,
+        directions=plan.directions,
+        opset=plan.opset,
+        t5_tokens=plan.facts.text.t5_tokens,
+        target=plan.target,
+        rows=plan.rows[component],
+        variant=plan.checkpoint.variant,
+        random=plan.checkpoint.source.random_weights,
+        prompts=tuple(prompts),
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from .parse import load_json, parse
 
 FORMAT = 1
 FILE = "bundle.json"
+PICTURE = "picture.json"  # beside it: programs older than it take it for any other file
 _MOST = 2**20  # of any whole number below: more is a damaged file
 
 Family = Literal["sd3", "sd15"]
@@ -65,7 +66,7 @@ class Component:
 
     graph: str  # path of the .onnx file, relative to the bundle; of the first where there are several
     files: tuple[Stored, ...]
-    precision: str  # fp32 | fp16
+    precision: str  # fp32 | fp16 | bf16 | int8 | w8a16 | fp16-weights | int8-weights | int4-weights
     opset: int
     inputs: tuple[Tensor, ...]  # the first axis is named, also where the graphs fix it: see `rows`
     outputs: tuple[Tensor, ...]
@@ -120,8 +121,20 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """Pictures of the bundle's own prompts, drawn on the CPU, against those with the backbone in fp32 by torch."""
+
+    psnr_db: float  # mean over the pictures
+    tolerance_db: float  # below it the export fails
+    error: float  # of the backbone in these drawings, relative to the largest magnitude of its answers
+    prompts: int  # one picture of each
+    steps: int
+    by: Literal["graph", "torch"] = "graph"  # torch at the same precision: the CPU has no kernels for the graph
+
+
+@dataclass(frozen=True)
 class Facts:
-    """What `bundle.json` holds, beside its format version."""
+    """What `bundle.json` holds, beside its format version; `picture` is in a file of its own, PICTURE."""
 
     family: Family
     name: str
@@ -138,6 +151,7 @@ class Facts:
     ] = ()  # solver tables that belong to it, paths relative to the bundle; the first is the default
     exported_by: Mapping[str, str] = field(default_factory=dict)  # package -> version
     target: str = "cpu"  # what it was exported for, a key of export.targets.TARGETS
+    picture: Picture | None = None  # None: never compared
 
 
 def read_facts(file: Path) -> Facts:
@@ -150,6 +164,9 @@ def read_facts(file: Path) -> Facts:
         )
     content = {key: value for key, value in content.items() if key != "format"}
     facts: Facts = parse(Facts, content, file)
+    note = file.with_name(PICTURE)
+    if PICTURE in {one.path for one in facts.files} and note.is_file():  # if not, `Bundle.open` says so
+        facts = replace(facts, picture=parse(Picture, load_json(note), note))
     parts = facts.components.values()
     for name, part in facts.components.items():
         listed = {one.path for one in part.files}
@@ -170,6 +187,7 @@ def write_facts(folder: Path, facts: Facts) -> None:
     content = {"format": FORMAT} | asdict(facts)
     if facts.target == "cpu":  # the default; programs older than targets read the bundle too
         del content["target"]
+    del content["picture"]
     write_whole(folder / FILE, (json.dumps(content, indent=1) + "\n").encode())
 
 

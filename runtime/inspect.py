@@ -76,6 +76,7 @@ def describe(bundle: Bundle, *, verified: bool) -> str:
         f"solver {'epd' if facts.tables else defaults.solver}",
         *([] if bundle.foreign else [f"target      {facts.target}"]),
         f"tables      {', '.join(facts.tables) or 'none'}",
+        f"picture     {_picture(bundle)}",
     ]
     if source.random_weights:
         lines.append("RANDOM WEIGHTS: its pictures mean nothing")
@@ -86,6 +87,19 @@ def describe(bundle: Bundle, *, verified: bool) -> str:
         agree = "every SHA-256 agrees" if facts.files else "the SHA-256 of every graph agrees, no others are recorded"
         lines.append("verified: every graph and tokenizer loads" + ("" if bundle.foreign else f", {agree}"))
     return "\n".join(lines)
+
+
+def _picture(bundle: Bundle) -> str:
+    picture, backbone = bundle.facts.picture, bundle.facts.components.get(bundle.backbone)
+    if backbone is not None and backbone.precision == "fp32":
+        return "the backbone is in fp32"
+    if picture is None:
+        return "not checked against fp32"
+    return (
+        f"{picture.psnr_db:.1f} dB PSNR to the backbone in fp32 (tolerance {picture.tolerance_db:.0f} dB, "
+        f"{picture.prompts} prompts, {picture.steps} steps"
+        + (", drawn by torch at this precision)" if picture.by == "torch" else ")")
+    )
 
 
 def _component(name: str, component: Component) -> str:

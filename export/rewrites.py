@@ -11,13 +11,13 @@ import onnx_ir as ir
 
 
 def sum_over_rows(model: ir.Model) -> None:
-    """x + p -> x - (-p), where x is (rows, n, c) and p, such as a position embedding, (1, n, c) or (n, c), n > 1.
+    """x + p -> x - (-p), where x is (..., rows, n, c) and p, such as a position embedding, (n, c) or (..., 1, n, c).
 
     Both are the same number, bit for bit. QNN's HTP joins such an Add with the LayerNormalization or RMSNormalization
-    behind it, and then adds p to the first row alone, and nothing to the others (onnxruntime-qnn 2.7, x86 emulator, at
-    every optimisation level and for every chip tried); its Sub is left as it is.
+    behind it, and then, from n = 16 and c = 32 on, adds p to the first row alone and nothing to the others
+    (onnxruntime-qnn 2.7, x86 emulator, at every optimisation level and for every chip tried). It leaves Sub alone.
 
-    Not touched: one row; p with rows of its own, or the same for all n; other ranks, which it gets right.
+    Not touched: one row; p with rows of its own, or the same for all n. QNN gets these right.
     """
     for node in list(model.graph):
         if (node.op_type, node.domain) != ("Add", ""):
@@ -40,8 +40,8 @@ def sizes(value: ir.Value) -> tuple[int | None, ...]:
 
 
 def shared_by_rows(x: tuple[int | None, ...], p: tuple[int | None, ...]) -> bool:
-    """Whether all rows of x (rows, n, c) get the same p, (1, n, c) or (n, c), that is not the same for all n."""
-    return len(x) == 3 and x[0] != 1 and x[1] != 1 and p in (x[1:], (1, *x[1:]))
+    """Whether all rows of x (..., rows, n, c) get the same p, (n, c) or (..., 1, n, c), n > 1."""
+    return x[-3:-2] not in ((), (1,)) and x[-2] != 1 and p[-2:] == x[-2:] and p[-3:-2] in ((), (1,))
 
 
 REWRITES: dict[str, tuple[Callable[[ir.Model], None], ...]] = {"qnn": (sum_over_rows,)}  # target -> its passes

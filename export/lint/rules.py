@@ -141,6 +141,13 @@ TARGETS: dict[str, tuple[Rule, ...]] = {
             _EMULATOR,
             "give it out as int32",
         ),
+        Rule(
+            "shared-rows",
+            checks.shared_by_rows,
+            (_names("Add Mul"), _names("LayerNormalization RMSNormalization")),
+            f"{_EMULATOR}: wrong in all rows but the first, from 16 tokens and 32 channels on",
+            "subtract its negative, as an export for {target} does",
+        ),
     ),
     "vitisai": (
         *_ALWAYS,

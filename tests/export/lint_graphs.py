@@ -199,6 +199,26 @@ def quantized() -> onnx.ModelProto:
     return graph(nodes, [("x", FLOAT, (1, 4, 8, 8))], [("y", FLOAT, (1, 6, 8, 8))], weights)
 
 
+def embedded(
+    shape: Shape,
+    x: Shape = (2, 16, 32),
+    kind: str = "Add",
+    norm: str = "LayerNormalization",
+    residual: bool = False,
+    turned: bool = False,
+) -> onnx.ModelProto:
+    """Tokens x and what they share, such as position embeddings, a weight of that shape; then normalized."""
+    weights = {"p": np.random.default_rng(0).standard_normal(shape), "s": np.ones(x[-1])}
+    nodes = [
+        helper.make_node(kind, ["p", "x"] if turned else ["x", "p"], ["a"], name="it"),
+        *([helper.make_node("Add", ["a", "x"], ["b"])] if residual else []),
+        helper.make_node(norm, ["b" if residual else "a", "s"], ["y"], axis=-1),
+    ]
+    floats = {name: weight.astype(np.float32) for name, weight in weights.items()}
+    opset = 23 if norm == "RMSNormalization" else 20
+    return graph(nodes, [("x", FLOAT, x)], [("y", FLOAT, x)], floats, opset)
+
+
 # What the emulator did with each: the rule that must tell, or None where it ran on it whole.
 QNN: dict[str, tuple[Callable[[], onnx.ModelProto], str | None]] = {
     "relu": (lambda: unary("Relu"), None),
@@ -243,4 +263,25 @@ QNN: dict[str, tuple[Callable[[], onnx.ModelProto], str | None]] = {
     "asin": (lambda: unary("Asin"), "operators"),
     "softsign": (lambda: unary("Softsign"), "operators"),
     "com.microsoft attention": (lambda: attention("com.microsoft", 18), "operators"),
+}
+
+# Graphs that the emulator runs whole: whether every row comes out right, or the rule shared-rows must tell.
+QNN_ROWS: dict[str, tuple[Callable[[], onnx.ModelProto], bool]] = {
+    "[1, n, c]": (lambda: embedded((1, 16, 32)), False),
+    "[n, c]": (lambda: embedded((16, 32)), False),
+    "first operand": (lambda: embedded((1, 16, 32), turned=True), False),
+    "4 rows": (lambda: embedded((1, 64, 128), (4, 64, 128)), False),
+    "4 axes": (lambda: embedded((16, 32), (1, 4, 16, 32)), False),
+    "4 axes, rows of its own": (lambda: embedded((2, 1, 16, 32), (2, 4, 16, 32)), False),
+    "factor": (lambda: embedded((1, 16, 32), kind="Mul"), False),
+    "RMSNormalization": (lambda: embedded((1, 16, 32), norm="RMSNormalization"), False),
+    "through a residual": (lambda: embedded((1, 16, 32), residual=True), False),
+    "[c]": (lambda: embedded((32,)), True),
+    "[1, 1, c]": (lambda: embedded((1, 1, 32)), True),
+    "[rows, 1, c]": (lambda: embedded((2, 1, 32)), True),
+    "[rows, n, c]": (lambda: embedded((2, 16, 32)), True),
+    "1 row": (lambda: embedded((16, 32), (1, 16, 32)), True),
+    "2 axes": (lambda: embedded((16, 32), (16, 32)), True),
+    "4 axes, heads of its own": (lambda: embedded((1, 4, 16, 32), (2, 4, 16, 32)), True),
+    "subtracted": (lambda: embedded((1, 16, 32), kind="Sub"), True),
 }

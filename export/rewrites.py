@@ -13,8 +13,8 @@ import onnx_ir as ir
 def sum_over_rows(model: ir.Model) -> None:
     """x + p -> x - (-p), where x is (..., rows, n, c) and p, such as a position embedding, (n, c) or (..., 1, n, c).
 
-    Both are the same number, bit for bit. QNN's HTP joins such an Add with the LayerNormalization or RMSNormalization
-    behind it, and then, from n = 16 and c = 32 on, adds p to the first row alone and nothing to the others
+    Both are the same number, bit for bit. QNN's HTP joins such an Add with the LayerNormalization behind it, and then,
+    from n = 16 and c = 32 on, adds p to the first row alone and nothing, or what is not its own, to the others
     (onnxruntime-qnn 2.7, x86 emulator, at every optimisation level and for every chip tried). It leaves Sub alone.
 
     Not touched: one row; p with rows of its own, or the same for all n. QNN gets these right.

@@ -265,23 +265,23 @@ QNN: dict[str, tuple[Callable[[], onnx.ModelProto], str | None]] = {
     "com.microsoft attention": (lambda: attention("com.microsoft", 18), "operators"),
 }
 
-# Graphs that the emulator runs whole: whether every row comes out right, or the rule shared-rows must tell.
-QNN_ROWS: dict[str, tuple[Callable[[], onnx.ModelProto], bool]] = {
-    "[1, n, c]": (lambda: embedded((1, 16, 32)), False),
-    "[n, c]": (lambda: embedded((16, 32)), False),
-    "first operand": (lambda: embedded((1, 16, 32), turned=True), False),
-    "4 rows": (lambda: embedded((1, 64, 128), (4, 64, 128)), False),
-    "4 axes": (lambda: embedded((16, 32), (1, 4, 16, 32)), False),
-    "4 axes, rows of its own": (lambda: embedded((2, 1, 16, 32), (2, 4, 16, 32)), False),
-    "factor": (lambda: embedded((1, 16, 32), kind="Mul"), False),
-    "RMSNormalization": (lambda: embedded((1, 16, 32), norm="RMSNormalization"), False),
-    "through a residual": (lambda: embedded((1, 16, 32), residual=True), False),
-    "[c]": (lambda: embedded((32,)), True),
-    "[1, 1, c]": (lambda: embedded((1, 1, 32)), True),
-    "[rows, 1, c]": (lambda: embedded((2, 1, 32)), True),
-    "[rows, n, c]": (lambda: embedded((2, 16, 32)), True),
-    "1 row": (lambda: embedded((16, 32), (1, 16, 32)), True),
-    "2 axes": (lambda: embedded((16, 32), (16, 32)), True),
-    "4 axes, heads of its own": (lambda: embedded((1, 4, 16, 32), (2, 4, 16, 32)), True),
-    "subtracted": (lambda: embedded((1, 16, 32), kind="Sub"), True),
+# Graphs that the emulator runs whole: the rule that must tell, or None where every row comes out right.
+QNN_ROWS: dict[str, tuple[Callable[[], onnx.ModelProto], str | None]] = {
+    "[1, n, c]": (lambda: embedded((1, 16, 32)), "shared-rows"),
+    "[n, c]": (lambda: embedded((16, 32)), "shared-rows"),
+    "first operand": (lambda: embedded((1, 16, 32), turned=True), "shared-rows"),
+    "4 rows": (lambda: embedded((1, 64, 128), (4, 64, 128)), "shared-rows"),
+    "4 axes": (lambda: embedded((16, 32), (1, 4, 16, 32)), "shared-rows"),
+    "4 axes, rows of its own": (lambda: embedded((2, 1, 16, 32), (2, 4, 16, 32)), "shared-rows"),
+    "factor": (lambda: embedded((1, 16, 32), kind="Mul"), "shared-rows"),
+    "RMSNormalization": (lambda: embedded((32,), norm="RMSNormalization"), "operators"),
+    "through a residual": (lambda: embedded((1, 16, 32), residual=True), "shared-rows"),
+    "[c]": (lambda: embedded((32,)), None),
+    "[1, 1, c]": (lambda: embedded((1, 1, 32)), None),
+    "[rows, 1, c]": (lambda: embedded((2, 1, 32)), None),
+    "[rows, n, c]": (lambda: embedded((2, 16, 32)), None),
+    "1 row": (lambda: embedded((16, 32), (1, 16, 32)), None),
+    "2 axes": (lambda: embedded((16, 32), (16, 32)), None),
+    "4 axes, heads of its own": (lambda: embedded((1, 4, 16, 32), (2, 4, 16, 32)), None),
+    "subtracted": (lambda: embedded((1, 16, 32), kind="Sub"), None),
 }

@@ -34,8 +34,8 @@ def test_qnn(name: str, tmp_path: Path):
 
 @pytest.mark.parametrize("name", small.QNN_ROWS)
 def test_qnn_rows(name: str, tmp_path: Path):
-    build, right = small.QNN_ROWS[name]
-    assert found(build(), "qnn", tmp_path) == ([] if right else ["shared-rows"])
+    build, rule = small.QNN_ROWS[name]
+    assert found(build(), "qnn", tmp_path) == ([rule] if rule else [])
 
 
 def big() -> onnx.ModelProto:

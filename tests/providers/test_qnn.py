@@ -6,13 +6,14 @@ it only the small graphs are run.
 
 import json
 import os
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 
 import numpy as np
-import onnx
 import pytest
 from PIL import Image
 
-from export.lint import lint
 from runtime.__main__ import main
 from runtime.bundle import Bundle
 from runtime.ort import add_provider, onnxruntime
@@ -23,6 +24,8 @@ from tests.export.lint_graphs import QNN_ROWS
 pytest.importorskip("onnxruntime_qnn", reason="needs onnxruntime-qnn beside onnxruntime")
 rewrites = pytest.importorskip("export.rewrites", reason="needs onnx-ir")
 
+RIGHT = [name for name, (_, rule) in QNN_ROWS.items() if rule is None]
+WRONG = [name for name, (_, rule) in QNN_ROWS.items() if rule == "shared-rows" and name != "factor"]
 BUNDLE = os.environ.get("EPD_TEST_BUNDLE")
 PROMPT = "a large red circle at the top left on a navy background"
 needs_bundle = pytest.mark.skipif(not BUNDLE, reason="needs EPD_TEST_BUNDLE")
@@ -39,37 +42,42 @@ def run(model, provider, feeds):
     return ort.InferenceSession(model.SerializeToString(), options).run(None, feeds)[0]
 
 
-def noise(model):
-    shape = [size.dim_value for size in model.graph.input[0].type.tensor_type.shape.dim]
-    return {"x": np.random.default_rng(1).standard_normal(shape).astype(np.float32)}
-
-
 def errors(got, wanted):
     """Root mean square error of every row, relative to the row."""
     axes = tuple(range(1, wanted.ndim))
     return np.sqrt(((got - wanted) ** 2).mean(axes) / (wanted**2).mean(axes))
 
 
-@pytest.mark.parametrize("name", QNN_ROWS)
-def test_the_lint_tells_of_graphs_whose_later_rows_come_out_wrong(name, tmp_path):
-    build, right = QNN_ROWS[name]
-    model = build()
-    onnx.save(model, tmp_path / "model.onnx")
-    found = {one.rule for one in lint([tmp_path / "model.onnx"], "qnn")}
-    feeds = noise(model)
-    wrong = errors(run(model, "qnn", feeds), run(model, "cpu", feeds))
-    assert (wrong.max() < 0.01) == right, "another release: see export.rewrites and the lint's rule shared-rows"
-    assert found == (set() if right else {"shared-rows"})
-
-
-@pytest.mark.parametrize("name", [name for name, (_, right) in QNN_ROWS.items() if not right and name != "factor"])
-def test_rewritten_they_are_right(name, tmp_path):
+def error_of(name, rewritten=False):
+    """Of the worst row of a small graph, as it is or rewritten."""
     model = QNN_ROWS[name][0]()
-    rewritten = rewrites.ir.to_proto(rewrites.rewrite(rewrites.ir.from_proto(model), "qnn"))
-    onnx.save(rewritten, tmp_path / "model.onnx")
-    feeds = noise(model)
-    assert errors(run(rewritten, "qnn", feeds), run(model, "cpu", feeds)).max() < 0.01
-    assert not list(lint([tmp_path / "model.onnx"], "qnn"))
+    shape = [size.dim_value for size in model.graph.input[0].type.tensor_type.shape.dim]
+    feeds = {"x": np.random.default_rng(1).standard_normal(shape).astype(np.float32)}
+    wanted = run(model, "cpu", feeds)
+    if rewritten:
+        model = rewrites.ir.to_proto(rewrites.rewrite(rewrites.ir.from_proto(model), "qnn"))
+    return errors(run(model, "qnn", feeds), wanted).max()
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_every_row_is_right_where_the_lint_has_nothing_to_tell(name):
+    assert error_of(name) < 0.01
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_every_row_is_right_once_the_graph_is_rewritten(name):
+    assert error_of(name, rewritten=True) < 0.01
+
+
+@pytest.mark.slow
+def test_what_is_rewritten_comes_out_wrong_as_it_is():
+    """Else a newer release has mended it. In a process of its own: what it reads is not always its own memory."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        try:
+            found = pool.submit(error_of, WRONG[0]).result()
+        except BrokenProcessPool:
+            found = np.inf
+    assert found > 0.1
 
 
 @needs_bundle

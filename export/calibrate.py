@@ -1,0 +1,106 @@
+"""Backbone inputs as a drawing makes them, to calibrate a quantised backbone with.
+
+Recorded while the fp32 bundle draws on the CPU, for ranges depend on where a trajectory is: pure noise has other
+activations than a finished picture, and the empty prompt others than a long one. Knows nothing of quantisation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+import epd
+from runtime.noise import randn
+from runtime.pipeline import Pipeline
+from runtime.rows import cut
+from runtime.session import Session
+
+SEED = 7_000_000  # of the first start noise: no picture that quality is reported on begins with one of these
+STEPS = 10  # evenly spread network times, asked for one at a time
+INTERVALS = 5  # of the start table whose two midpoints are asked for at once
+
+Feed = dict[str, np.ndarray]
+
+
+def record(folder: Path, *, prompts: Sequence[str], count: int, seed: int = SEED) -> list[Feed]:
+    """Inputs of a bundle's backbone along real trajectories: all noise levels, guided, one point or K = 2 at a time.
+
+    Every prompt is drawn twice from a seed of its own: by Euler at `STEPS` times, and with the start table of two
+    directions, whose midpoints lie off Euler's path. Calls are cut to the rows of the backbone's first graph, to 2
+    where it takes any number. Of a trajectory's calls only those that are wanted stay in memory.
+
+    Parameters
+    ----------
+    folder : Path
+        Of a bundle in fp32.
+    prompts : sequence of str
+        Drawn as long as calls are wanted of them: at most `count`.
+    count : int
+        Calls to keep, evenly spread over prompts and times; fewer are returned where the trajectories have no more.
+
+    Returns
+    -------
+    list of dict
+        Input name -> (rows, ...) in the dtype the graph declares.
+
+    Raises
+    ------
+    BundleError, RequestError, NotFiniteError
+    """
+    if count < 1 or not prompts:
+        raise ValueError(f"calibration needs prompts and a number of calls, got {len(prompts)} and {count}")
+    pipe = Pipeline.from_pretrained(folder)
+    rows = (*pipe.bundle.facts.components[pipe.bundle.backbone].rows, 2)[0]
+    halves = 2 if pipe.plan("").guided else 1
+    images = rows // math.gcd(rows, halves)  # so that every call is some whole graphs' rows
+    groups = [prompts[i : i + images] for i in range(0, len(prompts), images)]
+    kept: list[Feed] = []
+    try:
+        for number, group in enumerate(groups):
+            wanted = count * (number + 1) // len(groups) - count * number // len(groups)
+            if wanted:
+                told = [group[i % len(group)] for i in range(images)]
+                calls = _drawn(pipe, told, seed + number * images, rows)
+                kept += [calls[i] for i in _spread(len(calls), wanted, number)]
+    finally:
+        pipe.close()
+    return kept
+
+
+class _Tap:
+    """A session that keeps the inputs of its calls, cut to `rows` each."""
+
+    def __init__(self, session: Session, rows: int) -> None:
+        self.session, self.rows = session, rows
+        self.calls: list[Feed] = []
+
+    def __call__(self, *, want: Collection[str] | None = None, **feeds: ArrayLike) -> dict[str, np.ndarray]:
+        given = {tensor.name: np.asarray(feeds[tensor.name], tensor.dtype) for tensor in self.session.inputs}
+        count = len(next(iter(given.values())))
+        parts = cut((self.rows,) * (count // self.rows))
+        self.calls += [{name: value[part] for name, value in given.items()} for part in parts]
+        return self.session(want=want, **feeds)
+
+
+def _drawn(pipe: Pipeline, prompts: Sequence[str], seed: int, rows: int) -> list[Feed]:
+    """All calls of two drawings of these prompts, image i from seed + i."""
+    one = pipe.plan(prompts[0], solver="euler", num_inference_steps=STEPS)
+    two = pipe.plan(prompts[0], solver="epd", k=2, num_inference_steps=INTERVALS)
+    slopes = pipe.slopes(prompts, one.guidance)
+    tap = _Tap(slopes.backbone, rows)
+    slopes.sessions = (tap,)  # type: ignore[assignment]
+    noise = np.stack([randn(one.latent_shape, seed + i) for i in range(len(prompts))])
+    for plan in (one, two):
+        for _ in epd.solve(plan.coroutine(np.zeros_like), plan.start_scale * noise.astype(np.float64), slopes):
+            pass
+    return tap.calls
+
+
+def _spread(count: int, wanted: int, number: int) -> list[int]:
+    """`wanted` of `count` places, evenly, or all of them; others for every `number`."""
+    phase = (number + 1) * 0.6180339887 % 1  # by the golden ratio: no times are favoured
+    return sorted({int((i + phase) * count / wanted) for i in range(wanted)})

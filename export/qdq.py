@@ -1,0 +1,199 @@
+"""Static quantisation of a component's graphs: int8 weights, activations of 8 or 16 bits, as QDQ nodes.
+
+Ranges are fixed by calibration. Nothing is scaled by what a batch happens to hold, so that a row gives the same
+numbers alone and among others. ONNX Runtime's quantiser writes the nodes; here is what it is told. Knows nothing of
+Stable Diffusion.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+from onnx import TensorProto, helper
+from onnxruntime.quantization import CalibrationMethod, QuantType
+from onnxruntime.quantization.calibrate import TensorData, TensorsData
+from onnxruntime.quantization.execution_providers.qnn import get_qnn_qdq_config
+from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+from onnxruntime.quantization.quant_utils import add_infer_metadata
+
+from . import ExportError
+from .graph import save, save_sharing
+
+_PRODUCTS = ("Conv", "Gemm", "MatMul")
+_TYPES = {"uint8": QuantType.QUInt8, "uint16": QuantType.QUInt16}
+Ranges = Mapping[str, tuple[float, float]]  # tensor -> least and largest value
+
+
+def quantise(
+    graphs: Sequence[Path],
+    feeds: Sequence[Mapping[str, np.ndarray]],
+    *,
+    activations: Literal["uint8", "uint16"],
+    keep: Collection[str] = (),
+) -> None:
+    """Replaces fp32 graphs of one component, which share one data file, by QDQ graphs over a new one.
+
+    Parameters
+    ----------
+    graphs : sequence of Path
+        One folder's: `model.onnx`, whose data file the others use, then those of other row counts: traces of the same
+        module, which have the same nodes in the same order. They get the scales of the first and its int8 weights.
+    feeds : sequence of mapping
+        Inputs of the first graph: its ranges are the least and the largest values that these bring about.
+    activations : "uint8" | "uint16"
+        Asymmetric. Weights are int8, symmetric, one scale per output channel; biases of Conv and Gemm int32.
+    keep : collection of str
+        Nodes of the first graph that stay in float, or operators, beside those of `kept`.
+
+    Raises
+    ------
+    ExportError
+        Graphs that differ by more than their rows. The files are then as they were.
+    """
+    first, folder = graphs[0], graphs[0].parent
+    with tempfile.TemporaryDirectory(prefix=".qdq-", dir=folder) as scratch, _quiet():
+        ranges = calibrate(first, feeds)
+        plain = _skeleton(first)
+        for path in graphs:
+            model = _skeleton(path)
+            same = _counterparts(plain, model, path)
+            found = {same.get(name, name): bounds for name, bounds in ranges.items()}
+            spared = kept(model) | {same.get(name, name) for name in keep}
+            onnx.load_external_data_for_model(model, str(folder))
+            model = _quantised(model, found, activations, spared)
+            written = Path(scratch) / path.name
+            if path == first:
+                save(ir.from_proto(model), written)
+            else:
+                save_sharing(ir.from_proto(model), written, Path(scratch) / first.name)
+        for written in sorted(Path(scratch).iterdir()):
+            os.replace(written, folder / written.name)
+
+
+def kept(model: onnx.ModelProto) -> set[str]:
+    """Nodes that stay in float: the network of the time, up to its second product.
+
+    It is what depends on nothing but an input of one number a row. Sine and cosine of numbers up to 1000 bear no steps
+    of 4, and everything after them hangs on this one vector; of the weights it is a thousandth.
+    """
+    scalars = {value.name for value in model.graph.input if len(value.type.tensor_type.shape.dim) == 1}
+    depth = dict.fromkeys(scalars, 0)  # tensor that depends on them alone -> products on the way to it
+    weights = {tensor.name for tensor in model.graph.initializer}
+    found = set()
+    for node in model.graph.node:
+        made = [name for name in node.input if name and name not in weights]
+        if made and all(name in depth for name in made):
+            products = max(depth[name] for name in made) + (node.op_type in _PRODUCTS)
+            if products <= 2:
+                found.add(node.name)
+                depth |= dict.fromkeys(node.output, products)
+    return found
+
+
+def calibrate(graph: Path, feeds: Sequence[Mapping[str, np.ndarray]]) -> dict[str, tuple[float, float]]:
+    """The least and the largest value of every float tensor of a graph over all feeds.
+
+    Reduced inside the graph, call by call: no activation outlives its use.
+    """
+    model = _skeleton(graph)
+    names = _floats(model)
+    for name in names:
+        for reduce in ("ReduceMin", "ReduceMax"):
+            output = f"{name}/{reduce}"
+            model.graph.node.append(helper.make_node(reduce, [name], [output], keepdims=0))
+            model.graph.output.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, []))
+    wanted = [value.name for value in model.graph.output][-2 * len(names) :]
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    beside = graph.with_name(f".{graph.stem}.ranges.onnx")  # for its data is found by its place
+    try:
+        onnx.save(model, beside)
+        session = onnxruntime.InferenceSession(beside, options, providers=["CPUExecutionProvider"])
+    finally:
+        beside.unlink(missing_ok=True)
+    low, high = np.full(len(names), np.inf), np.full(len(names), -np.inf)
+    for feed in feeds:
+        values = np.asarray(session.run(wanted, dict(feed)), np.float64).reshape(-1, 2)
+        low, high = np.minimum(low, values[:, 0]), np.maximum(high, values[:, 1])
+    return dict(zip(names, zip(low.tolist(), high.tolist(), strict=True), strict=True))
+
+
+def _skeleton(path: Path) -> onnx.ModelProto:
+    """A graph without its data, the type of every tensor told."""
+    model = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False))
+    add_infer_metadata(model)  # else the quantiser would write it to disk and infer them again
+    return model
+
+
+def _floats(model: onnx.ModelProto) -> list[str]:
+    """The float tensors that a run makes or is given."""
+    made = {name for node in model.graph.node for name in node.output} | {value.name for value in model.graph.input}
+    values = (*model.graph.input, *model.graph.value_info, *model.graph.output)
+    floats = (value.name for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT)
+    return [name for name in dict.fromkeys(floats) if name in made]
+
+
+def _counterparts(first: onnx.ModelProto, model: onnx.ModelProto, path: Path) -> dict[str, str]:
+    """Nodes and what they make: name in the first graph -> name in another one."""
+    if [node.op_type for node in first.graph.node] != [node.op_type for node in model.graph.node]:
+        raise ExportError(f"{path}: has other nodes than the graph it shares its weights with; export both again")
+    same = {}
+    for one, other in zip(first.graph.node, model.graph.node, strict=True):
+        same |= {one.name: other.name} | dict(zip(one.output, other.output, strict=True))
+    return same
+
+
+def _quantised(
+    model: onnx.ModelProto, ranges: Ranges, activations: Literal["uint8", "uint16"], spared: Collection[str]
+) -> onnx.ModelProto:
+    nodes = [node.name for node in model.graph.node if node.name in spared or node.op_type in spared]
+    weights = {tensor.name for tensor in model.graph.initializer}
+    per_column = [{"axis": 1, "quant_type": QuantType.QInt8, "symmetric": True}]  # the library has them per tensor
+    config = get_qnn_qdq_config(
+        model,
+        None,
+        init_overrides={
+            node.input[1]: per_column
+            for node in model.graph.node
+            if node.op_type == "MatMul" and node.input[1] in weights and node.name not in nodes
+        },
+        activation_type=_TYPES[activations],
+        weight_type=QuantType.QInt8,
+        per_channel=True,
+        nodes_to_exclude=nodes,
+    )
+    bounds = {n: TensorData(lowest=np.float32(low), highest=np.float32(high)) for n, (low, high) in ranges.items()}
+    return QDQQuantizer(
+        model,
+        True,
+        False,
+        config.weight_type,
+        config.activation_type,
+        TensorsData(CalibrationMethod.MinMax, bounds),
+        [],
+        nodes,
+        config.op_types_to_quantize,
+        config.extra_options,
+    ).quantize_model()
+
+
+@contextmanager
+def _quiet() -> Any:
+    """Without the quantiser's remarks, which it makes to the root logger."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

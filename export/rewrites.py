@@ -26,7 +26,7 @@ def sum_over_rows(model: ir.Model) -> None:
             if x is None or p is None or not shared_by_rows(sizes(x), sizes(p)):
                 continue
             negated = ir.Value(name=f"{node.outputs[0].name}_negative", type=p.type, shape=p.shape)
-            negative = ir.node("Neg", [p], outputs=[negated])
+            negative = ir.node("Neg", [p], outputs=[negated], name=f"{node.name}_negative")
             difference = ir.node("Sub", [x, negated], name=node.name)
             ir.convenience.replace_nodes_and_values(
                 model.graph, node, [node], [negative, difference], node.outputs, difference.outputs

@@ -107,7 +107,7 @@ def export(job: Job) -> dict[str, Any]:
 
 def _export_graph(job: Job, facts: Any, module: Any, rows: int | None) -> dict[str, int]:
     """Writes the graph of a row count, or of any (None), and its small twin; its multiply-accumulates for one row."""
-    from . import graph, macs
+    from . import graph, macs, rewrites
     from .components import ROWS
     from .plan import trial_size
 
@@ -116,6 +116,7 @@ def _export_graph(job: Job, facts: Any, module: Any, rows: int | None) -> dict[s
     if rows is not None:
         agreed, small = agreed.fixed(rows), small.fixed(rows)
     model = graph.trace(module, agreed.inputs, agreed.outputs, agreed.samples(rows or 2), job.opset)
+    rewrites.rewrite(model, job.target)
     if (declared := graph.declared(model)) != (agreed.inputs, agreed.outputs):
         raise ExportError(
             f"{job.component}: the graph declares {declared[0]} -> {declared[1]}, "
@@ -132,6 +133,7 @@ def _export_graph(job: Job, facts: Any, module: Any, rows: int | None) -> dict[s
     del model
     if small != agreed:
         model = graph.trace(module, small.inputs, small.outputs, small.samples(rows or 2), job.opset)
+        rewrites.rewrite(model, job.target)
         if (others := Counter(node.op_type for node in model.graph)) != kinds:
             raise ExportError(
                 f"{job.component}: traced at {size[1]}x{size[0]} the graph has other nodes than at "

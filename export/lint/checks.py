@@ -262,3 +262,21 @@ def _name(node: onnx.NodeProto) -> str:
 
 def _shape(value: Value) -> str:
     return "unknown" if value.shape is None else f"[{', '.join(map(str, value.shape))}]"
+
+
+def shared_by_rows(graph: Graph, limit: tuple[Collection[str], Collection[str]]) -> Found:
+    """No node of a type in limit[0] joins (..., rows, n, c) and (n, c) or (..., 1, n, c) for one of a type in limit[1].
+
+    That one takes it at once, or through further nodes of types in limit[0].
+    """
+    joining, normalizing = limit
+    wanted: set[str] = set()
+    for node in reversed(graph.nodes):
+        if node.op_type in normalizing:
+            wanted.add(node.input[0])
+        elif node.op_type in joining and node.output[0] in wanted:
+            wanted.update(node.input)
+            shapes = [graph.values.get(name, Value(0, None)).shape or () for name in node.input]
+            for x, p in (shapes, shapes[::-1]):
+                if x[-3:-2] not in ((), (1,)) and x[-2] != 1 and p[-2:] == x[-2:] and p[-3:-2] in ((), (1,)):
+                    yield _name(node), f"{node.op_type} of {list(x)} and {list(p)}, one for all rows, normalized then"

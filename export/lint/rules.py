@@ -59,7 +59,8 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# What the QNN provider lists, less what the emulator refused, and more that it took though it is not listed.
+# What the QNN provider lists, less what the emulator refused or (RMSNormalization) got wrong, and more that it took
+# though it is not listed.
 _QNN_OPERATORS = {
     "": _names(
         """Abs Add And ArgMax ArgMin ArrayFeatureExtractor Atan Attention AveragePool BatchNormalization Cast Ceil
@@ -69,7 +70,7 @@ _QNN_OPERATORS = {
         LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax LpNormalization LpPool LRN LSTM MatMul Max
         MaxPool MaxRoiPool Mean Min Mish Mod Mul Neg NonMaxSuppression Not OneHot Or Pad Pow PRelu QLinearConv
         QLinearMatMul QuantizeLinear RandomNormalLike RandomUniformLike Reciprocal ReduceL2 ReduceLogSumExp ReduceMax
-        ReduceMean ReduceMin ReduceProd ReduceSum Relu Reshape Resize RMSNormalization RoiAlign RotaryEmbedding Round
+        ReduceMean ReduceMin ReduceProd ReduceSum Relu Reshape Resize RoiAlign RotaryEmbedding Round
         ScatterElements ScatterND Selu Shape Sigmoid Sign Sin Slice Softmax Softplus SpaceToDepth Split Sqrt Squeeze
         STFT Sub Sum Swish Tan Tanh ThresholdedRelu Tile TopK Transpose Unsqueeze Upsample Where Xor"""
     ),
@@ -152,6 +153,13 @@ TARGETS: dict[str, tuple[Rule, ...]] = {
             {("float", "int64"), ("float16", "int64"), ("bool", "int64")},
             _EMULATOR,
             "give it out as int32",
+        ),
+        Rule(
+            "shared-rows",
+            checks.shared_by_rows,
+            (_names("Add Mul"), {"LayerNormalization"}),
+            f"{_EMULATOR}: wrong in all rows but the first, from 16 tokens and 32 channels on",
+            "subtract its negative, as an export for {target} does",
         ),
     ),
     "vitisai": (

@@ -208,6 +208,26 @@ def quantized() -> onnx.ModelProto:
     return graph(nodes, [("x", FLOAT, (1, 4, 8, 8))], [("y", FLOAT, (1, 6, 8, 8))], weights)
 
 
+def embedded(
+    shape: Shape,
+    x: Shape = (2, 16, 32),
+    kind: str = "Add",
+    norm: str = "LayerNormalization",
+    residual: bool = False,
+    turned: bool = False,
+) -> onnx.ModelProto:
+    """Tokens x and what they share, such as position embeddings, a weight of that shape; then normalized."""
+    weights = {"p": np.random.default_rng(0).standard_normal(shape), "s": np.ones(x[-1])}
+    nodes = [
+        helper.make_node(kind, ["p", "x"] if turned else ["x", "p"], ["a"], name="it"),
+        *([helper.make_node("Add", ["a", "x"], ["b"])] if residual else []),
+        helper.make_node(norm, ["b" if residual else "a", "s"], ["y"], axis=-1),
+    ]
+    floats = {name: weight.astype(np.float32) for name, weight in weights.items()}
+    opset = 23 if norm == "RMSNormalization" else 20
+    return graph(nodes, [("x", FLOAT, x)], [("y", FLOAT, x)], floats, opset)
+
+
 # What the emulator did with each: the rule that must tell, or None where it ran on it whole.
 QNN: dict[str, tuple[Callable[[], onnx.ModelProto], str | None]] = {
     "relu": (lambda: unary("Relu"), None),
@@ -254,4 +274,25 @@ QNN: dict[str, tuple[Callable[[], onnx.ModelProto], str | None]] = {
     "asin": (lambda: unary("Asin"), "operators"),
     "softsign": (lambda: unary("Softsign"), "operators"),
     "com.microsoft attention": (lambda: attention("com.microsoft", 18), "operators"),
+}
+
+# Graphs that the emulator runs whole: the rule that must tell, or None where every row comes out right.
+QNN_ROWS: dict[str, tuple[Callable[[], onnx.ModelProto], str | None]] = {
+    "[1, n, c]": (lambda: embedded((1, 16, 32)), "shared-rows"),
+    "[n, c]": (lambda: embedded((16, 32)), "shared-rows"),
+    "first operand": (lambda: embedded((1, 16, 32), turned=True), "shared-rows"),
+    "4 rows": (lambda: embedded((1, 64, 128), (4, 64, 128)), "shared-rows"),
+    "4 axes": (lambda: embedded((16, 32), (1, 4, 16, 32)), "shared-rows"),
+    "4 axes, rows of its own": (lambda: embedded((2, 1, 16, 32), (2, 4, 16, 32)), "shared-rows"),
+    "factor": (lambda: embedded((1, 16, 32), kind="Mul"), "shared-rows"),
+    "RMSNormalization": (lambda: embedded((32,), norm="RMSNormalization"), "operators"),
+    "through a residual": (lambda: embedded((1, 16, 32), residual=True), "shared-rows"),
+    "[c]": (lambda: embedded((32,)), None),
+    "[1, 1, c]": (lambda: embedded((1, 1, 32)), None),
+    "[rows, 1, c]": (lambda: embedded((2, 1, 32)), None),
+    "[rows, n, c]": (lambda: embedded((2, 16, 32)), None),
+    "1 row": (lambda: embedded((16, 32), (1, 16, 32)), None),
+    "2 axes": (lambda: embedded((16, 32), (16, 32)), None),
+    "4 axes, heads of its own": (lambda: embedded((1, 4, 16, 32), (2, 4, 16, 32)), None),
+    "subtracted": (lambda: embedded((1, 16, 32), kind="Sub"), None),
 }

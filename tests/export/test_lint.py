@@ -33,6 +33,12 @@ def test_qnn(name: str, tmp_path: Path):
         assert not found(build(), "qnn", tmp_path)
 
 
+@pytest.mark.parametrize("name", small.QNN_ROWS)
+def test_qnn_rows(name: str, tmp_path: Path):
+    build, rule = small.QNN_ROWS[name]
+    assert found(build(), "qnn", tmp_path) == ([rule] if rule else [])
+
+
 def big() -> onnx.ModelProto:
     return small.unary("Relu", (2**15, 2**15))
 
@@ -43,6 +49,7 @@ def constant(node: onnx.NodeProto) -> onnx.ModelProto:
 
 
 PLANTED = {
+    ("qnn", "shared-rows"): lambda: small.embedded((1, 16, 32)),
     ("vitisai", "static-shapes"): lambda: small.unary("Relu", ("rows", 4)),
     ("vitisai", "opset"): lambda: small.unary("Relu", opset=21),
     ("vitisai", "control-flow"): small.loop,

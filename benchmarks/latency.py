@@ -23,7 +23,7 @@ import numpy as np
 
 import epd
 from runtime.plan import Plan
-from runtime.profiles import timing
+from runtime.profiles import Others, timing
 
 from .common import add_device, add_outputs, check_outputs, comma_separated, device, write
 from .machine import Machine, machine
@@ -97,6 +97,7 @@ class Latency:
     import_seconds: float  # of this program and ONNX Runtime, in a process of its own
     first: Run
     runs: tuple[Run, ...]
+    others: float | None  # share of the processors that other programs took during the runs
     machine: Machine
 
     @property
@@ -182,7 +183,7 @@ def measure(pipe: Pipeline, plan: Plan, runs: int, warmup: int, progress: Callab
     for _ in range(warmup - 1):
         _draw(pipe, plan)
         progress()
-    timed = []
+    timed, others = [], Others()
     for _ in range(runs):
         timed.append(_draw(pipe, plan)[0])
         progress()
@@ -206,6 +207,7 @@ def measure(pipe: Pipeline, plan: Plan, runs: int, warmup: int, progress: Callab
         import_seconds=imported,
         first=first,
         runs=tuple(timed),
+        others=others.share(),
         machine=here,
     )
 

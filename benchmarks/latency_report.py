@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import megabytes, save, table
+from .machine import company
 
 if TYPE_CHECKING:
     from .latency import Latency
@@ -88,6 +89,7 @@ def _details(result: Latency, told: Mapping[str, Any]) -> list[str]:
         f"output {finite}, {same}: SHA-256 {result.first.sha256}",
         f"bundle.json SHA-256 {result.bundle or 'none: a foreign folder'}",
         *result.machine.lines(),
+        company(result.others),
     ]
 
 

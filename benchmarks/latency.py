@@ -23,7 +23,7 @@ import numpy as np
 
 import epd
 from runtime.plan import Plan
-from runtime.profiles import timing
+from runtime.profiles import Others, timing
 
 from .common import add_device, add_outputs, check_outputs, comma_separated, device, write
 from .machine import Machine, machine
@@ -97,6 +97,7 @@ class Latency:
     import_seconds: float  # of this program and ONNX Runtime, in a process of its own
     first: Run
     runs: tuple[Run, ...]
+    others: float | None  # share of the processors that other programs took during the runs
     machine: Machine
 
     @property
@@ -172,17 +173,19 @@ def measure(pipe: Pipeline, plan: Plan, runs: int, warmup: int, progress: Callab
     ------
     BundleError, ProviderError, RequestError, NotFiniteError
     """
+    from runtime.ort import onnxruntime
     from runtime.providers import provider_of
 
+    onnxruntime()  # what importing it takes is no part of the first picture
+    imported = _import_seconds()
+    progress()
     here = machine([provider_of(name.strip()) for name in pipe.provider.split(",")])
     first, result = _draw(pipe, plan)
-    progress()
-    imported = _import_seconds()  # now that it is known to work
     progress()
     for _ in range(warmup - 1):
         _draw(pipe, plan)
         progress()
-    timed = []
+    timed, others = [], Others()
     for _ in range(runs):
         timed.append(_draw(pipe, plan)[0])
         progress()
@@ -206,6 +209,7 @@ def measure(pipe: Pipeline, plan: Plan, runs: int, warmup: int, progress: Callab
         import_seconds=imported,
         first=first,
         runs=tuple(timed),
+        others=others.share(),
         machine=here,
     )
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import megabytes, save, table
+from .machine import company
 
 if TYPE_CHECKING:
     from .latency import Latency
 
 _STEADY = 0.05  # drift below it is none
+_MANY = 12  # steps, above which not every one has a line
 
 
 def markdown(result: Latency) -> str:
@@ -59,11 +62,16 @@ def _steady(result: Latency, told: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _steps(result: Latency, told: Mapping[str, Any]) -> list[list[str]]:
+    """One line a step; of many, one for those of the same rows in a row, with the mean of their times."""
+    rows = {step: [call.rows for call in result.runs[0].calls if call.step == step + 1] for step in range(result.steps)}
+    alike = (lambda step: rows[step]) if result.steps > _MANY else (lambda step: step)
     found = []
-    for step, one in enumerate(told["step"], start=1):
-        calls = [call for call in result.runs[0].calls if call.step == step]
-        rows = " + ".join(str(call.rows) for call in calls)
-        found.append([str(step), str(len(calls)), rows, f"{one['median']:.4g}", _range(one), f"{one['p90']:.4g}"])
+    for _, group in groupby(range(result.steps), key=alike):
+        steps = list(group)
+        mean = {name: sum(told["step"][step][name] for step in steps) / len(steps) for name in told["step"][0]}
+        name = str(steps[0] + 1) if len(steps) == 1 else f"{steps[0] + 1} to {steps[-1] + 1}, each"
+        work = [str(len(rows[steps[0]])), " + ".join(map(str, rows[steps[0]]))]
+        found.append([name, *work, f"{mean['median']:.4g}", _range(mean), f"{mean['p90']:.4g}"])
     return found
 
 
@@ -88,6 +96,7 @@ def _details(result: Latency, told: Mapping[str, Any]) -> list[str]:
         f"output {finite}, {same}: SHA-256 {result.first.sha256}",
         f"bundle.json SHA-256 {result.bundle or 'none: a foreign folder'}",
         *result.machine.lines(),
+        company(result.others),
     ]
 
 

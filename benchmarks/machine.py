@@ -1,4 +1,4 @@
-"""The machine as figures need it described: processor, memory, system, versions, power, and how busy it is.
+"""The machine as figures need it described: processor, memory, system, versions, power.
 
 From Python's standard library and the system's own files. Knows nothing of models.
 """
@@ -15,12 +15,11 @@ from pathlib import Path
 
 from runtime.ort import base_wheels, installed
 from runtime.png import version
-from runtime.profiles import drivers, usable_cores
+from runtime.profiles import OTHERS, drivers, usable_cores
 from runtime.providers import Provider
 
 _SUPPLIES = Path("/sys/class/power_supply")
 _GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
-_BUSY = 0.5  # other work, in processors: above it the figures are said to be of a busy machine
 _GB = 1e9
 
 
@@ -37,28 +36,26 @@ class Machine:
     drivers: dict[str, str]  # of accelerators
     power: str | None  # mains | battery
     governor: str | None  # of the processor's clock (Linux)
-    load: float | None  # processors' worth of work in the minute before
-
-    @property
-    def busy(self) -> bool:
-        return self.load is not None and self.load > _BUSY
 
     def lines(self) -> list[str]:
         """Described in a few lines."""
         cores = f"{_told(self.cores)} cores, {_told(self.threads)} threads"
         memory = "memory unknown" if self.memory_bytes is None else f"{self.memory_bytes / _GB:.0f} GB"
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        told = [
+        return [
             f"{self.processor}: {cores}, {memory}; {self.system}",
             versions,
             f"power {_told(self.power)}, governor {_told(self.governor)}",
             *(f"{name}: {version}" for name, version in self.drivers.items()),
         ]
-        if self.busy:
-            told.append(
-                f"THE MACHINE WAS BUSY (load {self.load:.1f} before this began): close other programs and measure again"
-            )
-        return told
+
+
+def company(others: float | None) -> str:
+    """What other programs took of the processors meanwhile, 0 to 1, in words."""
+    if others is None:
+        return "what other programs took of the processors is not known: close them before you measure"
+    told = f"other programs took {others:.0%} of the processors meanwhile"
+    return f"THE MACHINE WAS BUSY, {told}: close them and measure again" if others > OTHERS else told
 
 
 def machine(providers: Iterable[Provider] = ()) -> Machine:
@@ -75,7 +72,6 @@ def machine(providers: Iterable[Provider] = ()) -> Machine:
         drivers=drivers(),
         power=_power(),
         governor=_line(_GOVERNOR),
-        load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     )
 
 

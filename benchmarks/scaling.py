@@ -82,6 +82,7 @@ class Scaling:
     directions: tuple[Directions, ...]
     tables: tuple[Drawn, ...]
     profile: str | None  # file; None: not kept
+    others: float | None  # share of the processors that other programs took meanwhile
     machine: Machine
 
     def to_json(self) -> dict[str, Any]:
@@ -140,6 +141,7 @@ def measure(pipe: Pipeline, rows: Sequence[int] | None, k: int, runs: int) -> Sc
         directions=ways,
         tables=tuple(_tables(pipe.bundle, {1: 1.0} | {way.k: way.best for way in ways}, call)),
         profile=str(profile.file) if profile.kept else None,
+        others=profile.others,
         machine=here,
     )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .common import megabytes, save, table
+from .machine import company
 
 if TYPE_CHECKING:
     from .scaling import Drawn, Scaling
@@ -90,7 +91,8 @@ def markdown(result: Scaling) -> str:
         ]
     kept = "not kept" if result.profile is None else f"kept for --directions auto: {result.profile}"
     nodes = "" if result.nodes is None else "nodes on " + ", ".join(f"{p}: {n}" for p, n in result.nodes.items()) + "; "
-    lines += ["", f"- {nodes}{kept}", *(f"- {line}" for line in result.machine.lines())]
+    details = [f"{nodes}{kept}", *result.machine.lines(), company(result.others)]
+    lines += ["", *(f"- {line}" for line in details)]
     return "\n".join(lines) + "\n"
 
 

@@ -1,9 +1,10 @@
 """What calls cost here: tasks measured in turns, and a file of the results for each device, in the user's cache.
 
 Costs are compared only within one *sitting*, for the machine may have been slower in another one. A sitting in which
-the runs of a task differ by more than BUSY is made again, and not kept if that is no better. Knows nothing of sessions
-or models, and does not see that a device has got slower since, nor a driver's version outside Linux: `python -m
-benchmarks scaling` measures anew.
+the runs of a task differ by more than BUSY, or in which other programs took more than OTHERS of the processors (seen on
+Linux only), is made again, and not kept if that is no better: a steady load flatters calls at once, which take more of
+the processors from the others. Knows nothing of sessions or models, and does not see that a device has got slower
+since, nor a driver's version outside Linux: `python -m benchmarks scaling` measures anew.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import math
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
@@ -27,6 +29,7 @@ Tasks = Mapping[str, Callable[[], object]]  # what is done, in words -> doing it
 
 RUNS = 5  # timed, of everything that is measured; the first one more does not count
 BUSY = 1.5  # upper over lower quartile of a task's runs, above which the machine was busy with something else, too
+OTHERS = 0.25  # of the processors, above which other programs were in the way
 _FORMAT = 2
 _ENVIRONMENT = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "RYZEN_AI_INSTALLATION_PATH", "VK_ICD_FILENAMES")
 _DRIVERS = (  # Linux: the version of a driver, for itself or in a line of text
@@ -35,6 +38,8 @@ _DRIVERS = (  # Linux: the version of a driver, for itself or in a line of text
     "/sys/module/amdgpu/version",
     "/sys/module/intel_vpu/version",
 )
+_AT_WORK = (0, 1, 2, 5, 6, 7)  # of /proc/stat: user, nice, system, interrupts hard and soft, stolen by a host
+_TICKS = 20  # of its clock, below which a share says nothing
 log = logging.getLogger(__name__)
 
 
@@ -72,6 +77,31 @@ def measure(tasks: Tasks, clock: Clock, runs: int = RUNS) -> Timings:
     return {name: timing(taken) for name, taken in seconds.items()}
 
 
+class Others:
+    """What other programs take of the processors that this process may use, from now on; Linux only."""
+
+    def __init__(self) -> None:
+        self._before, self._started = self._seconds(), time.perf_counter()
+
+    def share(self) -> float | None:
+        """0 to 1, since this object was made; None where the system does not tell, or hardly any time has passed."""
+        now, wall = self._seconds(), time.perf_counter() - self._started
+        if now is None or self._before is None or wall < _TICKS / os.sysconf("SC_CLK_TCK"):
+            return None
+        return min(max(now - self._before, 0.0) / (wall * len(os.sched_getaffinity(0))), 1.0)
+
+    @staticmethod
+    def _seconds() -> float | None:
+        """Of processor time taken so far by all that is not this process."""
+        status = Path("/proc/stat")
+        if sys.platform != "linux" or not status.is_file():
+            return None
+        ours = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+        lines = [line.split() for line in status.read_text(encoding="utf-8").splitlines()]
+        ticks = sum(int(line[1 + field]) for line in lines if line[0] in ours for field in _AT_WORK)
+        return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+
 class Profile:
     """What is known of one device (`key`: all that its speed depends on): sittings, the newest first.
 
@@ -81,6 +111,8 @@ class Profile:
         Where it is kept; None: there is no place.
     anew, kept : bool
         Whether something was measured by this object; whether all of that is in the file.
+    others : float, optional
+        Share of the processors that other programs took meanwhile, 0 to 1; None: not known.
     """
 
     def __init__(self, key: Mapping[str, Any], clock: Clock = time.perf_counter) -> None:
@@ -92,6 +124,7 @@ class Profile:
         except ValueError as error:  # nothing is kept
             log.info("%s", error)
         self.sittings = self._read()
+        self.others: float | None = None
         self._passing: list[Timings] = []  # of a busy machine: known to this object alone
 
     def known(self, names: Iterable[str]) -> Timings | None:
@@ -112,18 +145,27 @@ class Profile:
     def sit(self, tasks: Tasks, runs: int = RUNS, *, alone: bool = False) -> Timings:
         """Measures the tasks and keeps the result, unless the machine was busy; `alone`: in place of all there was."""
         self.anew = True
-        found = measure(tasks, self.clock, runs)
-        if _busy(found):
-            log.warning("the machine was busy with something else (%s); measuring again", _busy(found))
-            found = measure(tasks, self.clock, runs)
-        if _busy(found):
+        found, why = self._measured(tasks, runs)
+        if why:
+            log.warning("the machine was busy with something else (%s); measuring again", why)
+            found, why = self._measured(tasks, runs)
+        if why:
             self.kept, self._passing = False, [found, *self._passing]
-            log.warning("the machine is still busy (%s): what was measured is used now, not kept", _busy(found))
+            log.warning("the machine is still busy (%s): what was measured is used now, not kept", why)
         else:
             others = [] if alone else [sitting for sitting in self.sittings if sitting.keys() - found.keys()]
             self.sittings = [found, *others]
             self._keep()
         return found
+
+    def _measured(self, tasks: Tasks, runs: int) -> tuple[Timings, str]:
+        """And why it is not to be relied on; empty if it is."""
+        others = Others()
+        found = measure(tasks, self.clock, runs)
+        self.others = others.share()
+        if self.others is not None and self.others > OTHERS:
+            return found, f"other programs took {self.others:.0%} of the processors"
+        return found, _busy(found)
 
     def _keep(self) -> None:
         """A cache that cannot be written is told, not an error."""

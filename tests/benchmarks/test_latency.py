@@ -91,6 +91,17 @@ def test_what_is_wrong_is_told(measured):
     assert "the device slowed down" in told
 
 
+def test_many_steps_are_told_in_few_lines(bundles):
+    pipe = Pipeline.from_pretrained(bundles["sd3"])
+    for steps, lines in ((12, 12), (13, 2)):
+        plan = pipe.plan("red", solver="heun", num_inference_steps=steps)
+        told = markdown(latency.measure(pipe, plan, 3, 1))
+        table = told.split("| step ")[1].split("\n\n")[0].splitlines()[2:]
+        assert len(table) == lines
+    assert table[0].startswith("| 1 to 12, each |     2 | 2 + 2 |")
+    assert table[1].startswith("| 13            |     1 |     2 |")
+
+
 @pytest.mark.parametrize(("solver", "calls"), [("heun", 2), ("euler", 1), ("euler_ancestral", 1)])
 def test_solvers(bundles, solver, calls):
     pipe = Pipeline.from_pretrained(bundles["sd15"])

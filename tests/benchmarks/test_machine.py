@@ -1,6 +1,5 @@
 """The machine as figures need it described, from made-up files of the system."""
 
-import dataclasses
 import os
 
 import onnxruntime
@@ -55,7 +54,6 @@ def test_power(supplies, power, tmp_path, monkeypatch):
 
 
 def test_a_busy_machine_is_told():
-    quiet = dataclasses.replace(machine(), load=0.1)
-    assert not any("BUSY" in line for line in quiet.lines())
-    assert any("BUSY (load 3.0" in line for line in dataclasses.replace(quiet, load=3.0).lines())
-    assert not dataclasses.replace(quiet, load=None).busy
+    assert module.company(0.1) == "other programs took 10% of the processors meanwhile"
+    assert module.company(0.9).startswith("THE MACHINE WAS BUSY, other programs took 90%")
+    assert "not known" in module.company(None)

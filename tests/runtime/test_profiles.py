@@ -1,18 +1,27 @@
 """Timings and where they are kept: sittings, busy machines, damaged files."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 
 import pytest
 
 from epd.catalogue import cache_folder
-from runtime.profiles import BUSY, Profile, Timing, measure, timing
+from runtime.profiles import BUSY, Others, Profile, Timing, measure, timing
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("EPD_CACHE", str(tmp_path / "cache"))
     return cache_folder() / "directions"
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """On a machine that does nothing else."""
+    monkeypatch.setattr(Others, "share", lambda self: None)
 
 
 class Clock:
@@ -93,6 +102,39 @@ def test_a_busy_machine_is_measured_again_and_not_kept(caplog, cache):
     assert Profile({"of": 2}).known(["a"]) is None
     assert "still busy (a: 1 to 9 s): what was measured is used now, not kept" in caplog.text
     assert [file.read_bytes() for file in cache.iterdir()] == [kept]
+
+
+def test_a_steady_load_is_seen_too(caplog, cache, monkeypatch):
+    """All calls are alike, and slower than they would be."""
+    shares = iter([0.8, 0.1, 0.8, 0.9])
+    monkeypatch.setattr(Others, "share", lambda self: next(shares))
+    clock = Clock()
+    first, second = Profile({"of": 1}, clock), Profile({"of": 2}, clock)
+    first.need({"a": clock.task("a", 1)})
+    assert "other programs took 80% of the processors); measuring again" in caplog.text
+    assert (first.kept, first.others) == (True, 0.1)
+    second.need({"a": clock.task("a", 1)})
+    assert (second.kept, second.others) == (False, 0.9)
+    assert list(cache.iterdir()) == [first.file]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system does not tell")
+def test_what_others_take(monkeypatch):
+    """This process's own work is not counted, another one's is."""
+    monkeypatch.undo()
+    ends = time.perf_counter() + 0.5
+    alone = Others()
+    while time.perf_counter() < ends:
+        pass
+    own = alone.share()
+    together = Others()
+    busy = "import time; ends = time.process_time() + 0.5\nwhile time.process_time() < ends: pass"
+    others = [subprocess.Popen([sys.executable, "-c", busy]) for _ in os.sched_getaffinity(0)]
+    for other in others:
+        other.wait()
+    assert 0 <= own <= 1
+    assert 0.4 < together.share() <= 1
+    assert Others().share() is None
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ outputs, its second is captured, further ones replay that. They must all come fr
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -41,7 +42,7 @@ class Buffers:
     bound: Any  # onnxruntime.IOBinding
     inputs: dict[str, Any]  # name -> onnxruntime.OrtValue
     graph: int  # this set's own
-    given: dict[str, NDArray[Any]] = field(default_factory=dict)  # name -> the array it holds, if that cannot change
+    given: dict[str, weakref.ref[NDArray[Any]]] = field(default_factory=dict)  # what they hold, if that cannot change
     outputs: tuple[Any, ...] = ()  # OrtValues, once ONNX Runtime has made them
 
 
@@ -105,10 +106,11 @@ class Binding:
 
     def _fill(self, buffers: Buffers, feeds: Mapping[str, NDArray[Any]]) -> None:
         for name, value in feeds.items():
-            if buffers.given.pop(name, None) is not value:
+            known = buffers.given.pop(name, None)
+            if known is None or known() is not value:
                 buffers.inputs[name].update_inplace(value)
                 with self._lock:
                     self.copied += 1
             if not value.flags.writeable:
-                buffers.given[name] = value
+                buffers.given[name] = weakref.ref(value)
         buffers.bound.synchronize_inputs()

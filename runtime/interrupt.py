@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import TypeVar
 
 Value = TypeVar("Value")
-Stop = Callable[[], None]
 
 
 class Hand:
@@ -28,28 +27,14 @@ class Hand:
     def __init__(self) -> None:
         self.alone = False
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
-        self._stops: list[Stop] = []  # of the calls under way
-        self._lock = threading.Lock()
 
-    def __call__(self, call: Callable[[], Value], stop: Stop) -> Value:
+    def __call__(self, call: Callable[[], Value], stop: Callable[[], None]) -> Value:
         """The result of `call`. Ctrl-C has `stop` end it, and is passed on when it has ended."""
-        with self._lock:
-            self._stops.append(stop)
+        if not self.alone and threading.current_thread() is not threading.main_thread():
+            return call()
+        future: concurrent.futures.Future[Value] | None = None
         try:
-            here = not self.alone and threading.current_thread() is not threading.main_thread()
-            return call() if here else self._wait(self._thread.submit(call), stop)
-        finally:
-            with self._lock:
-                self._stops.remove(stop)
-
-    def stop(self) -> None:
-        """Ends the calls under way, which other threads have made."""
-        with self._lock:
-            for stop in self._stops:
-                stop()
-
-    def _wait(self, future: concurrent.futures.Future[Value], stop: Stop) -> Value:
-        try:
+            future = self._thread.submit(call)
             while not future.done():
                 try:
                     return future.result(timeout=0.2)  # Windows sees Ctrl-C between two waits
@@ -58,5 +43,6 @@ class Hand:
             return future.result()
         except KeyboardInterrupt:
             stop()
-            future.exception()  # waits
+            if future is not None:
+                future.exception()  # waits
             raise

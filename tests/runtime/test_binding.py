@@ -1,7 +1,9 @@
 """IO binding on the device "cpu", where ONNX Runtime does for real what it does on others; CUDA itself: test_cuda."""
 
 import dataclasses
+import gc
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -124,6 +126,19 @@ def test_fitted_inputs_are_copies(bundles, plain):
     with pytest.raises(ValueError, match="read-only"):
         fitted[:] = 0
     assert np.array_equal(plain.fit({"encoder_hidden_states": mine.astype(np.float64)})["encoder_hidden_states"], mine)
+
+
+def test_what_the_device_has_is_not_kept_on_the_host(bundles, plain, on_device):
+    session = bound(bundles)
+    fitted = session.fit({"encoder_hidden_states": feeds()["encoder_hidden_states"]})
+    session(**feeds() | fitted)
+    there = weakref.ref(fitted.pop("encoder_hidden_states"))
+    gc.collect()
+    assert there() is None
+    for seed in range(3):  # arrays that may well lie where it lay
+        given = feeds(seed=seed)
+        given |= session.fit({"encoder_hidden_states": given["encoder_hidden_states"]})
+        assert np.array_equal(session(**given)["out_sample"], plain(**given)["out_sample"])
 
 
 def test_memory_is_used_again_for_the_same_rows(bundles, on_device):

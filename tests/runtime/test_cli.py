@@ -42,7 +42,7 @@ def test_generate_json_has_the_keys_of_the_design(bundles, tmp_path, capsys):
     assert printed["images"] == [str(out)]
     assert list(printed["provider"]) == ["asked", "ran", "nodes", "macs_share", "fallbacks", "retries"]
     assert printed["provider"] | {"nodes": None, "macs_share": None} == {
-        "asked": "cpu", "ran": "CPUExecutionProvider", "nodes": None, "macs_share": None, "fallbacks": []
+        "asked": "cpu", "ran": "CPUExecutionProvider", "nodes": None, "macs_share": None, "fallbacks": [], "retries": 0
     }  # fmt: skip
     assert pixels(out).shape == (16, 16, 3)
 

@@ -233,22 +233,24 @@ def test_a_calls_own_time_out_is_passed_on():
         Hand()(lambda: (_ for _ in ()).throw(TimeoutError("its own")), lambda: None)
 
 
-def test_ctrl_c_waits_until_the_call_has_ended():
+def test_ctrl_c_waits_until_the_call_has_ended(monkeypatch):
     ended, stopped = [], threading.Event()
 
     def call():
         stopped.wait(30)
         ended.append(True)
 
-    class Pressed(concurrent.futures.Future):
-        def result(self, timeout=None):
-            raise KeyboardInterrupt
-
     hand = Hand()
-    future = Pressed()
-    threading.Thread(target=lambda: (call(), future.set_result(None))).start()
+    waits = []
+
+    def pressed(future, timeout=None):
+        waits.append(timeout)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(concurrent.futures.Future, "result", pressed)
     with pytest.raises(KeyboardInterrupt):
-        hand._wait(future, stopped.set)
+        hand(call, stopped.set)
+    assert len(waits) == 1
     assert ended == [True]
 
 

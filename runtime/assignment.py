@@ -220,6 +220,6 @@ def _listed(parts: Sequence[Part]) -> str:
 def _percent(share: float) -> str:
     """Whole percent, but never 100 % of what is not all, nor 0 % of what is something."""
     percent = share * 100
-    if 0 < percent < 0.5 or 99.5 < percent < 100 - 1e-9:
+    if 1e-9 < percent < 0.5 or 99.5 < percent < 100 - 1e-9:
         return f"{percent:.2f} %".replace("100.00", "99.99")
     return f"{percent:.0f} %"

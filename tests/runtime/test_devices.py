@@ -19,7 +19,7 @@ ODD = Provider(
     ("linux", "win32", "darwin"),
     "dynamic",
     (),
-    libraries={system: ("libsurely_not_here.so.7",) for system in ("linux", "win32", "darwin")},
+    libraries=dict.fromkeys(("linux", "win32", "darwin"), ("libsurely_not_here.so.7",)),
 )
 
 

@@ -233,7 +233,7 @@ def test_dry_run_says_that_pictures_will_be_compared(tiny_checkpoints, tmp_path,
     assert "picture check: 2 pictures" in told
     assert "calibrated on drawings" in told
     assert main([*command, "int4-weights", "--picture-check", "0"]) == 0
-    assert "picture" not in capsys.readouterr().err
+    assert "picture check" not in capsys.readouterr().err
 
 
 def exported(checkpoint: Path, target: Path, family: str, *words: str) -> Bundle:

@@ -164,6 +164,20 @@ def test_more_bits_are_closer_to_fp32(plain, quantised):
     assert error["uint16"] < 0.02 < error["uint8"] < 0.1  # weights of 8 bits alone, then activations too
 
 
+def test_products_alone_are_closer_than_all_operators(plain, quantised, tmp_path):
+    paths = copied(plain, tmp_path)
+    qdq.quantise(paths, feeds(2, 24, 1), activations="uint8", operators="products")
+    model = onnx.load(paths[0], load_external_data=False)
+    maker = {name: node.op_type for node in model.graph.node for name in node.output}
+    fed = {node.op_type for node in model.graph.node if maker.get(node.input[0]) == "DequantizeLinear"}
+    assert fed - {"QuantizeLinear"} >= {"Conv", "MatMul"}
+    assert next(maker[node.input[0]] for node in model.graph.node if node.op_type == "Gelu") != "Gelu"
+    (feed,) = feeds(6, 1, 2)
+    truth = run(plain[1], feed)
+    error = [np.abs(run(path, feed) - truth).mean() for path in (paths[1], quantised("uint8")[1])]
+    assert error[0] < error[1]
+
+
 def test_every_row_count_has_the_same_scales_and_the_same_weights(plain, quantised):
     paths = quantised("uint8")
     models = [onnx.load(path, load_external_data=False) for path in paths]

@@ -85,10 +85,14 @@ def quantise(
 
 
 def kept(model: onnx.ModelProto) -> set[str]:
-    """Nodes that stay in float: the network of the time, up to its second product.
+    """Nodes that stay in float, a hundredth of the compute: the network of the time, and the graph's two edges."""
+    return _time(model) | _edges(model)
 
-    It is what depends on nothing but an input of one number a row. Sine and cosine of numbers up to 1000 bear no steps
-    of 4, and everything after them hangs on this one vector; of the weights it is a thousandth.
+
+def _time(model: onnx.ModelProto) -> set[str]:
+    """What depends on nothing but an input of one number a row, up to the second product.
+
+    Sine and cosine of numbers up to 1000 bear no steps of 4, and every layer hangs on what is made of them.
     """
     scalars = {value.name for value in model.graph.input if len(value.type.tensor_type.shape.dim) == 1}
     depth = dict.fromkeys(scalars, 0)  # tensor that depends on them alone -> products on the way to it
@@ -101,6 +105,23 @@ def kept(model: onnx.ModelProto) -> set[str]:
             if products <= 2:
                 found.add(node.name)
                 depth |= dict.fromkeys(node.output, products)
+    return found
+
+
+def _edges(model: onnx.ModelProto) -> set[str]:
+    """The products that read the latents, and what makes the output from the last product on.
+
+    In 8 bits both add an error of their own to every step, which no later layer takes back.
+    """
+    latents = {value.name for value in model.graph.input if len(value.type.tensor_type.shape.dim) == 4}
+    maker = {name: node for node in model.graph.node for name in node.output}
+    found = {node.name for node in model.graph.node if node.op_type in _PRODUCTS and node.input[0] in latents}
+    for output in model.graph.output:
+        node = maker[output.name]
+        while node.op_type not in _PRODUCTS and any(name in maker for name in node.input):
+            found.add(node.name)
+            node = next(maker[name] for name in node.input if name in maker)
+        found.add(node.name)
     return found
 
 

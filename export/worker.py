@@ -168,7 +168,7 @@ def calibrate(job: Job) -> dict[str, Any]:
 
     from .calibrate import record
     from .qdq import quantise
-    from .targets import CALIBRATED
+    from .targets import CALIBRATED, TARGETS
 
     folder = Path(job.folder)
     files = {rows: _graph_file(job, GRAPH, rows) for rows in job.rows or (None,)}
@@ -177,7 +177,8 @@ def calibrate(job: Job) -> dict[str, Any]:
     held = {name: np.concatenate([feed[name] for feed in apart]) for name in feeds[0]}
     expected = [_answers(file, held, rows) for rows, file in files.items()]
     rest = [feed for number, feed in enumerate(feeds, 1) if number % HELD_OUT]
-    quantise(list(files.values()), rest, activations=CALIBRATED[job.precision])
+    operators: Any = "all" if TARGETS[job.target].static else "products"
+    quantise(list(files.values()), rest, activations=CALIBRATED[job.precision], operators=operators)
     got = [_answers(file, held, rows) for rows, file in files.items()]
     pairs = zip(got, expected, strict=True)
     error = float(np.max([np.abs(one - other).max() / np.abs(other).max() for one, other in pairs]))

@@ -26,6 +26,7 @@ from runtime.bundle import Bundle
 from runtime.facts import PICTURE, Picture, Tensor, read_facts, write_facts
 from runtime.inspect import describe
 from tests.conftest import SIZES
+from tests.pipelines import tiny_sd3
 
 
 class Layers(nn.Module):
@@ -232,7 +233,7 @@ def test_dry_run_says_that_pictures_will_be_compared(tiny_checkpoints, tmp_path,
     assert "picture check: 2 pictures" in told
     assert "calibrated on drawings" in told
     assert main([*command, "int4-weights", "--picture-check", "0"]) == 0
-    assert "picture" not in capsys.readouterr().err
+    assert "picture check" not in capsys.readouterr().err
 
 
 def exported(checkpoint: Path, target: Path, family: str, *words: str) -> Bundle:
@@ -278,24 +279,30 @@ def test_a_whole_bundle_of_a_precision(family, words, tiny_checkpoints, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("t5", ["fp16", "int8", "int4"])
 def test_t5_stores_few_bits_and_never_computes_in_fp16(t5, tmp_path: Path):
-    from tests.pipelines import tiny_sd3
-
-    bundle = exported(
+    told = job(
         tiny_sd3(tmp_path / "checkpoint", t5=True),
-        tmp_path / "bundle",
+        tmp_path,
         "sd3",
-        "--t5",
-        t5,
-        "--components",
-        "text_encoder_3",
+        component="text_encoder_3",
+        precision=precision("text_encoder_3", "fp32", "cpu", t5),
+        t5_tokens=16,
     )
-    component = bundle.facts.components["text_encoder_3"]
-    assert component.precision == f"{t5}-weights"
-    assert component.parity.error <= component.parity.tolerance
-    model = onnx.shape_inference.infer_shapes(onnx.load(bundle.graph("text_encoder_3"), load_external_data=False))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        worker.export(told)
+    found = worker.parity(told)
+    assert 0 < found["error"] <= found["tolerance"]
+    model = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "model.onnx", load_external_data=False))
     kinds = Counter(node.op_type for node in model.graph.node)
-    assert kinds["MatMulNBits"] == (0 if t5 == "fp16" else 14)  # 4 of attention and 3 of each of two blocks
+    assert kinds["MatMulNBits"] == (0 if t5 == "fp16" else 14)  # 4 of attention and 3 others in each of two blocks
     cast = {name for node in model.graph.node if node.op_type in ("Cast", "Transpose") for name in node.output}
     half = {one.name for one in model.graph.value_info if one.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16}
-    weights_alone = {one.name for one in model.graph.initializer}
-    assert half <= cast | weights_alone
+    assert half <= cast | {one.name for one in model.graph.initializer}
+
+
+@pytest.mark.slow
+def test_a_bundle_with_t5_in_4_bits_draws(tmp_path: Path):
+    checkpoint = tiny_sd3(tmp_path / "checkpoint", t5=True)
+    bundle = exported(checkpoint, tmp_path / "bundle", "sd3", "--t5", "int4", "--dtype", "int8-weights")
+    assert bundle.facts.components["text_encoder_3"].precision == "int4-weights"
+    assert bundle.facts.picture.psnr_db >= bundle.facts.picture.tolerance_db

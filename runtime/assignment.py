@@ -9,6 +9,7 @@ Imports no onnxruntime and knows nothing of pipelines.
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +24,9 @@ Fallback = Literal["limited", "allowed", "never"]
 _LEAST: dict[Fallback, float] = {"limited": 0.9, "allowed": 0.0, "never": 1.0}  # share on the provider asked for
 _FOUND = 0.5  # of the MACs that must be found again by node for a judgement by compute
 _PRODUCTS = ("Attention", "Conv", "Gemm", "MatMul", "MultiHeadAttention")  # what an opened operator's MACs are done by
+_MADE = re.compile(
+    r"(/[^/]*|_token_\d+)$"
+)  # ends a name: made of another node, or laid out anew
 _TELL = "get_provider_graph_assignment_info"  # method of a session
 _NAMED = 3  # operators that an error names
 
@@ -135,7 +139,7 @@ def assign(component: str, asked: str, nodes: Sequence[Node], macs: Mapping[str,
 
 def _weights(nodes: Sequence[Node], macs: Mapping[str, int]) -> list[float]:
     """MACs of each node. Those of an opened operator are shared evenly among the nameless products."""
-    origins = [node.name if node.name in macs else node.name.rpartition("/")[0] for node in nodes]
+    origins = [_origin(node, macs) for node in nodes]
     times = Counter(origins)
     weights = [macs.get(origin, 0) / times[origin] for origin in origins]
     products = [i for i, node in enumerate(nodes) if not node.name and node.operator in _PRODUCTS]
@@ -143,6 +147,11 @@ def _weights(nodes: Sequence[Node], macs: Mapping[str, int]) -> list[float]:
     for i in products:
         weights[i] = opened / len(products)
     return weights
+
+
+def _origin(node: Node, macs: Mapping[str, int]) -> str:
+    """Name of the node that the bundle weighs from which ONNX Runtime made this one."""
+    return node.name if node.name in macs else _MADE.sub("", node.name)
 
 
 def summary(assignments: Iterable[Assignment | None]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ Imports no onnxruntime and knows nothing of pipelines.
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ Fallback = Literal["limited", "allowed", "never"]
 _LEAST: dict[Fallback, float] = {"limited": 0.9, "allowed": 0.0, "never": 1.0}  # share on the provider asked for
 _FOUND = 0.5  # of the MACs that must be found again by node for a judgement by compute
 _PRODUCTS = ("Attention", "Conv", "Gemm", "MatMul", "MultiHeadAttention")  # what an opened operator's MACs are done by
+_MADE = re.compile(r"(/[^/]*|_token_\d+)$")  # ends a name: made of another node, or laid out anew
 _TELL = "get_provider_graph_assignment_info"  # method of a session
 _NAMED = 3  # operators that an error names
 # Providers that lay tensors out in their own way before the graph is divided: of their nodes only those made by that
@@ -164,7 +166,7 @@ def _weights(nodes: Sequence[Node], macs: Mapping[str, int]) -> list[float]:
 
 def _origin(node: Node, macs: Mapping[str, int]) -> str:
     """Name of the node that the bundle weighs from which ONNX Runtime made this one."""
-    return node.name if node.name in macs else node.name.rpartition("/")[0]
+    return node.name if node.name in macs else _MADE.sub("", node.name)
 
 
 def summary(assignments: Iterable[Assignment | None]) -> dict[str, Any]:

@@ -104,6 +104,13 @@ def test_fused_and_opened_nodes_keep_their_compute():
     )
 
 
+def test_a_node_of_another_layout_keeps_its_compute():
+    """QNN's convolutions are made anew, channels last."""
+    nodes = [Node("conv_token_17", "Conv", NPU), *on(product=NPU, attention=NPU)]
+    assert placed(nodes).by_compute
+    assert placed(nodes).parts == placed(on(conv=NPU, product=NPU, attention=NPU)).parts
+
+
 def test_a_node_that_was_split_keeps_its_compute_once():
     halves = [Node("conv", "Conv", NPU), Node("conv/half", "Conv", CPU), *on(product=NPU, attention=NPU)]
     assert placed(halves).share == pytest.approx(0.7)

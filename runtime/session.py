@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import assignment
+from . import assignment, cache
 from .assignment import Assignment, Fallback
 from .bundle import Bundle
 from .errors import BundleError, NotFiniteError, ProviderError, RequestError
 from .facts import Tensor
-from .ort import add_provider, failures, one_line, onnxruntime
+from .ort import failures, one_line, onnxruntime
 from .providers import CPU, check_options, provider_of
 from .rows import calls_of, cut, in_turn, join, rows_of
 
@@ -50,7 +50,8 @@ class Session:
     provider_options : mapping of str to str, optional
         Those of its row, and no others; see `runtime.providers`.
     session_options : onnxruntime.SessionOptions, optional
-        What the provider and `fallback` need is added to them; a provider that they name themselves is left.
+        What the provider and `fallback` need is added to them; a provider that they name themselves is left. With
+        them nothing that is compiled is kept (see `runtime.cache`).
     fallback : {"limited", "allowed", "never"}
         What may run on the CPU in place of another provider: of the backbone less than 10 % of the compute (of the
         other components anything), anything, or no node of any component. Whatever does is a warning.
@@ -60,8 +61,9 @@ class Session:
 
     Attributes
     ----------
-    load_seconds, run_seconds, calls
-        Totals over the life of this object, over all loads.
+    load_seconds, compile_seconds, run_seconds, calls
+        Totals over the life of this object, over all loads. What was compiled and kept (see `runtime.cache`) is no
+        part of loading.
     assignment
         Where its nodes run; None before it is loaded, or where onnxruntime, older than 1.24, cannot tell.
     """
@@ -82,9 +84,10 @@ class Session:
         self._row = provider_of(provider)
         self.provider = self._row.ort
         check_options(self._row, provider_options or {})
-        self.load_seconds = self.run_seconds = 0.0
+        self.load_seconds = self.compile_seconds = self.run_seconds = 0.0
         self.calls = 0
         self.assignment: Assignment | None = None
+        self._rows = rows
         self._provider_options = dict(provider_options or {})
         self._session_options = session_options
         self._session: Any = None
@@ -127,17 +130,16 @@ class Session:
             self._tally()
             return self
         ort = onnxruntime()
-        options = self._options(ort)
         started = time.perf_counter()
         try:
-            shared = self._session_options is not None
-            named = add_provider(ort, options, self._row, self._provider_options, shared=shared)
-            session = ort.InferenceSession(self.path, options, named, enable_fallback=0)  # else the CPU would stand in
+            made = cache.compiled(ort, self._wanted(ort))
         except ProviderError:
             raise
         except failures(ort) as error:
             raise self._unreadable(error) from None
-        self.load_seconds += time.perf_counter() - started
+        self.compile_seconds += made.seconds
+        self.load_seconds += time.perf_counter() - started - made.seconds
+        session = made.session
         ran = session.get_providers()
         if ran[0] != self.provider:
             raise ProviderError(
@@ -145,13 +147,24 @@ class Session:
                 "check the provider's options and driver, or give --provider cpu"
             )
         session.disable_fallback()
-        self._assign(session)
+        self._assign(made.nodes)
         self._session = session
         return self
 
-    def _assign(self, session: Any) -> None:
-        """Records where the nodes run, tells it (once) and refuses what may not be."""
-        nodes = assignment.recorded(session)
+    def _wanted(self, ort: ModuleType) -> cache.Wanted:
+        return cache.Wanted(
+            self.bundle,
+            self.component,
+            self._rows,
+            self.path,
+            self._row,
+            self._provider_options,
+            options=lambda strict: self._options(ort, strict),
+            given=self._session_options is not None,
+        )
+
+    def _assign(self, nodes: list[assignment.Node] | None) -> None:
+        """Keeps where the nodes run, tells it (once) and refuses what may not be."""
         if nodes is None:
             if self._row is not CPU and not self._strict(onnxruntime()):
                 log.warning("%s: this onnxruntime cannot tell which nodes run on the CPU; 1.24 can", self.component)
@@ -271,6 +284,7 @@ class Session:
         """The totals of the parts, as this session's."""
         parts = self._parts.values()
         self.load_seconds = sum(part.load_seconds for part in parts)
+        self.compile_seconds = sum(part.compile_seconds for part in parts)
         self.run_seconds = sum(part.run_seconds for part in parts)
         self.calls = sum(part.calls for part in parts)
         self.assignment = next((part.assignment for part in parts if part.assignment is not None), None)
@@ -284,13 +298,13 @@ class Session:
             return "it is in full precision: see with `python -m runtime inspect --verify` whether it is damaged"
         return "if it is half precision, export it with --dtype fp32"
 
-    def _options(self, ort: ModuleType) -> Any:
+    def _options(self, ort: ModuleType, strict: bool) -> Any:
         options = self._session_options
         if options is None:  # threads are left to onnxruntime: one per physical core
             options = ort.SessionOptions()
             options.log_severity_level = 3
         options.add_session_config_entry(assignment.RECORD, "1")
-        if self._strict(ort):
+        if strict and self._strict(ort):
             options.add_session_config_entry(assignment.STRICT, "1")
         return options
 

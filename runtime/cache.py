@@ -36,6 +36,7 @@ from .ort import add_provider, failures, one_line, settled
 from .providers import Provider
 from .shelf import BrokenError, Entry
 
+COMPILING = "compiling"  # name of the thread; one that is left alone crashes a process that ends as usual
 Value = TypeVar("Value")
 log = logging.getLogger(__name__)
 
@@ -173,9 +174,14 @@ def _cached(ort: ModuleType, wanted: Wanted, folder: Path, entry: Entry) -> Star
         now = assignment.recorded(session)
         if now is not None and not any(node.provider.lower() == wanted.row.ort.lower() for node in now):
             raise BrokenError(f"does not run on {wanted.row.ort}")
-        nodes = None if entry.nodes is None else [Node(*node) for node in entry.nodes]
+        nodes = None if entry.nodes is None else [_node(line) for line in entry.nodes]
     shelf.touch(folder)
     return Started(session, nodes)
+
+
+def _node(line: str) -> Node:
+    operator, provider, name = line.split(" ", 2)
+    return Node(name, operator, provider)
 
 
 def _compile(ort: ModuleType, wanted: Wanted, key: Key, folder: Path) -> Started:
@@ -205,7 +211,7 @@ def _compile(ort: ModuleType, wanted: Wanted, key: Key, folder: Path) -> Started
                 shelf.remove(folder)
             raise
         nodes = assignment.recorded(session)
-        told = None if nodes is None else [list(node) for node in nodes]
+        told = None if nodes is None else [f"{node.operator} {node.provider} {node.name}" for node in nodes]
         entry = replace(entry, seconds=round(time.perf_counter() - began, 3), nodes=told)
         _keep(wanted, entry, place, folder)
     return Started(session, nodes, time.perf_counter() - began)
@@ -253,7 +259,7 @@ def watched(work: Callable[[], Value], stop: Callable[[], None], line: str) -> V
         except BaseException as error:  # noqa: BLE001  raised by whoever asks for the result
             future.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()
+    threading.Thread(target=run, name=COMPILING, daemon=True).start()
     with _Ticker() as ticker:
         try:
             _wait(future, ticker, line)

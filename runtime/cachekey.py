@@ -64,7 +64,8 @@ def digest(key: Key) -> str:
 def graph_key(bundle: Bundle, graph: Path) -> dict[str, str]:
     """Path in the bundle -> SHA-256, of a graph and the data beside it; where none is recorded, size and time."""
     recorded = {stored.path: stored.sha256 for stored in bundle.stored()}
-    files = [graph, *(path for path in sorted(graph.parent.iterdir()) if path.is_file() and path.suffix != ".onnx")]
+    beside = (path for path in sorted(graph.parent.iterdir()) if path.suffix not in (".onnx", ".json"))
+    files = [graph, *(path for path in beside if path.is_file())]
     names = {path.relative_to(bundle.folder).as_posix(): path.stat() for path in files}
     data = {name: f"{stat.st_size} bytes of {stat.st_mtime_ns}" for name, stat in names.items()}
     return {name: recorded.get(name, size) for name, size in data.items() if name in recorded or bundle.foreign}

@@ -6,6 +6,7 @@ written. Its time is that of its last use. Knows nothing of sessions; see `runti
 
 from __future__ import annotations
 
+import concurrent.futures
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,8 +27,7 @@ from .cachekey import Key
 FORMAT = 1
 FILE, MODEL = "key.json", "model.onnx"
 PARTIAL = ".partial"  # ends the name of a folder that is not whole
-WHOLE = 2**28  # bytes up to which a file is compared as a whole: a quarter of a second
-_BLOCK, _BLOCKS = 2**20, 64  # of a larger one
+_PART, _BLOCK = 2**26, 2**20  # bytes that one thread hashes, and reads at a time
 _OLD = 86_400.0  # seconds after which a folder that is not whole was left by a process that was killed
 
 
@@ -42,7 +43,7 @@ class Entry:
     made: str  # ISO 8601, UTC
     seconds: float  # of compiling
     files: Mapping[str, Mapping[str, Any]]  # path in the folder -> bytes and `fingerprint`
-    nodes: list[list[str]] | None  # name, operator, provider of each node when it was compiled; None: not known
+    nodes: list[str] | None  # `operator provider name` of each node when it was compiled; None: not known
 
     @property
     def bytes(self) -> int:
@@ -88,7 +89,7 @@ def read(folder: Path) -> Entry:
         entry = Entry(**content)
         right = [set(file) == {"bytes", "sha256"} and type(file["bytes"]) is int for file in entry.files.values()]
         nodes = entry.nodes or []
-        if not all(right) or not isinstance(entry.key["graph"], dict) or any(len(node) != 3 for node in nodes):
+        if not all(right) or not isinstance(entry.key["graph"], dict) or any(node.count(" ") < 2 for node in nodes):
             raise BrokenError(f"has a damaged {FILE}")
     except BrokenError:
         raise
@@ -122,16 +123,20 @@ def sizes(folder: Path) -> dict[str, int]:
 
 
 def fingerprint(file: Path) -> str:
-    """SHA-256 of a file; above WHOLE bytes of 64 blocks of 1 MiB, evenly spaced from its first to its last byte."""
-    size = file.stat().st_size
+    """SHA-256 of a file; of one larger than a part, that of its parts' SHA-256s, which threads work out at once."""
+    starts = range(0, max(1, file.stat().st_size), _PART)
+    with concurrent.futures.ThreadPoolExecutor(min(len(starts), os.cpu_count() or 1)) as threads:
+        parts = list(threads.map(partial(_part, file), starts))
+    return parts[0] if len(parts) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def _part(file: Path, start: int) -> str:
+    sha256 = hashlib.sha256()
     with file.open("rb") as opened:
-        if size <= WHOLE:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-        sampled = hashlib.sha256()
-        for block in range(_BLOCKS):
-            opened.seek((size - _BLOCK) * block // (_BLOCKS - 1))
-            sampled.update(opened.read(_BLOCK))
-        return sampled.hexdigest()
+        opened.seek(start)
+        for at in range(0, _PART, _BLOCK):
+            sha256.update(opened.read(min(_BLOCK, _PART - at)))
+    return sha256.hexdigest()
 
 
 @contextmanager

@@ -164,19 +164,29 @@ def _cached(ort: ModuleType, wanted: Wanted, folder: Path, entry: Entry) -> Star
     """Raises what onnxruntime raises, or BrokenError, where the compiled model cannot be used."""
     assert wanted.row.kept is not None
     if wanted.row.kept.how == "option":
-        session = _session(ort, wanted, wanted.graph, wanted.options(True), _own(wanted.row, folder))
-        nodes = assignment.recorded(session)
-        if shelf.sizes(folder) != {name: file["bytes"] for name, file in entry.files.items()}:  # it has added some
-            with suppress(OSError):  # a cache that is only read
-                shelf.write(folder, replace(entry, files=shelf.files(folder)))
-    else:  # what may run on the CPU is judged by the record, if there is one
-        session = _session(ort, wanted, folder / shelf.MODEL, wanted.options(entry.nodes is None), {})
-        now = assignment.recorded(session)
-        if now is not None and not any(node.provider.lower() == wanted.row.ort.lower() for node in now):
-            raise BrokenError(f"does not run on {wanted.row.ort}")
-        nodes = None if entry.nodes is None else [_node(line) for line in entry.nodes]
+        return _own_cached(ort, wanted, folder, entry)
+    # what may run on the CPU is judged by the record, if there is one
+    session = _session(ort, wanted, folder / shelf.MODEL, wanted.options(entry.nodes is None), {})
+    now = assignment.recorded(session)
+    if now is not None and not any(node.provider.lower() == wanted.row.ort.lower() for node in now):
+        raise BrokenError(f"does not run on {wanted.row.ort}")
     shelf.touch(folder)
-    return Started(session, nodes)
+    return Started(session, None if entry.nodes is None else [_node(line) for line in entry.nodes])
+
+
+def _own_cached(ort: ModuleType, wanted: Wanted, folder: Path, entry: Entry) -> Started:
+    """With what the provider keeps itself; it may compile again all the same, which its files show."""
+    began, before = time.perf_counter(), shelf.stamps(folder)
+    session = _session(ort, wanted, wanted.graph, wanted.options(True), _own(wanted.row, folder))
+    nodes, seconds = assignment.recorded(session), time.perf_counter() - began
+    if (now := shelf.stamps(folder)) != before or now.keys() != entry.files.keys():
+        with suppress(OSError):  # a cache that is only read
+            shelf.write(folder, replace(entry, files=shelf.files(folder)))
+    shelf.touch(folder)
+    if now == before:
+        return Started(session, nodes)
+    log.warning("%s: %s compiled it again, though what it keeps in %s was whole", wanted, wanted.short, folder)
+    return Started(session, nodes, seconds)
 
 
 def _node(line: str) -> Node:

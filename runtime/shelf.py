@@ -118,8 +118,13 @@ def files(folder: Path) -> dict[str, dict[str, Any]]:
 
 def sizes(folder: Path) -> dict[str, int]:
     """Path in the folder -> bytes, of all files but `key.json`."""
-    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {name: path.stat().st_size for name, path in found.items() if name != FILE}
+    return {name: size for name, (size, _) in stamps(folder).items()}
+
+
+def stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    """Path in the folder -> bytes and time of the last change, of all files but `key.json`."""
+    found = {path.relative_to(folder).as_posix(): path.stat() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in found.items() if name != FILE}
 
 
 def fingerprint(file: Path) -> str:

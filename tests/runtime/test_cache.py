@@ -71,7 +71,9 @@ def keeps(compiles, monkeypatch):
 
         def add(ort, options, row, chosen, *, shared):
             compiles.append(dict(chosen))
-            (Path(chosen["folder"]) / "blob").write_bytes(b"compiled")
+            blob = Path(chosen["folder"]) / "blob"
+            if not blob.exists():
+                blob.write_bytes(b"compiled")
             options.add_provider(row.ort, {})
 
         monkeypatch.setattr(cache, "add_provider", add)
@@ -414,6 +416,25 @@ def test_a_providers_own_cache(late, home, keeps, bundles, caplog):
     run(bundles["sd15"])
     assert "it is removed and compiled anew" in caplog.text
     assert shelf.read(home / name).files.keys() == {"blob"}
+
+
+def test_a_provider_that_compiles_again_is_told(home, keeps, bundles, caplog):
+    seen = keeps()
+    run(bundles["sd15"])
+    add = cache.add_provider
+
+    def anew(ort, options, row, chosen, *, shared):
+        (Path(chosen["folder"]) / "blob").write_bytes(b"compiled another time")
+        return add(ort, options, row, chosen, shared=shared)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "add_provider", anew)
+        assert run(bundles["sd15"])[1].compile_seconds > 0
+    (name,) = folders(home)
+    assert caplog.messages == [f"unet for CPU: CPU compiled it again, though what it keeps in {home / name} was whole"]
+    assert run(bundles["sd15"])[1].compile_seconds == 0  # its new file has been recorded
+    assert len(seen) == 3
+    assert len(caplog.messages) == 1
 
 
 def test_a_folder_of_the_users_is_left_to_him(home, keeps, bundles, tmp_path):

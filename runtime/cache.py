@@ -117,7 +117,13 @@ def _kept(wanted: Wanted) -> bool:
 
 
 def _plain(ort: ModuleType, wanted: Wanted) -> Started:
-    session = _session(ort, wanted, wanted.graph, wanted.options(True), {})
+    options = wanted.options(True)
+
+    def create() -> Any:
+        return _session(ort, wanted, wanted.graph, options, {})
+
+    compiles = wanted.row.kept is not None and not wanted.given  # a flag in the caller's options would stay
+    session = watched(create, lambda: _cancel(options), f"compiling {wanted}") if compiles else create()
     return Started(session, assignment.recorded(session))
 
 
@@ -168,7 +174,7 @@ def _cached(ort: ModuleType, wanted: Wanted, folder: Path, entry: Entry) -> Star
     # what may run on the CPU is judged by the record, if there is one
     session = _session(ort, wanted, folder / shelf.MODEL, wanted.options(entry.nodes is None), {})
     now = assignment.recorded(session)
-    if now is not None and not any(node.provider.lower() == wanted.row.ort.lower() for node in now):
+    if now and not any(node.provider.lower() == wanted.row.ort.lower() for node in now):
         raise BrokenError(f"does not run on {wanted.row.ort}")
     shelf.touch(folder)
     return Started(session, None if entry.nodes is None else [_node(line) for line in entry.nodes])

@@ -19,13 +19,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .bundle import Bundle
-from .directions import machine
+from .bundle import Bundle, sha256
 from .ort import installed, require, settled
 from .providers import Provider
 
 Key = Mapping[str, Any]  # as JSON gives it back
-ENVIRONMENT = ("onnxruntime", "packages", "driver", "devices")  # what may change under a compiled model
 _MODULES = {  # the kernel's part of the driver
     "cuda": ("nvidia",),
     "tensorrt": ("nvidia",),
@@ -44,7 +42,7 @@ _ADAPTERS = (  # Windows' classes of displays and of compute accelerators, which
 def key_of(ort: ModuleType, row: Provider, chosen: Mapping[str, str], bundle: Bundle, graph: Path) -> Key:
     """The key of a graph of a bundle on a provider with `chosen` options; ProviderError if it is not here."""
     answered = {name for plugin in row.plugins for name in plugin.fills} - chosen.keys()  # paths of its package
-    options = {name: value for name, value in settled(row, chosen).items() if name not in answered}
+    options = {name: _content(value) for name, value in settled(row, chosen).items() if name not in answered}
     key = {
         "graph": graph_key(bundle, graph),
         "provider": row.ort,
@@ -54,6 +52,19 @@ def key_of(ort: ModuleType, row: Provider, chosen: Mapping[str, str], bundle: Bu
         **environment(ort, row),
     }
     return json.loads(json.dumps(key))  # type: ignore[no-any-return]
+
+
+def machine() -> dict[str, str]:
+    """What tells this machine from another that shares its cache."""
+    return {"node": platform.node(), "processor": platform.processor() or platform.machine()}
+
+
+def _content(value: str) -> str:
+    """A provider option; of a configuration file what is in it."""
+    file = Path(value)
+    if file.suffix == ".json" and file.is_file():
+        return f"{file.name} {sha256(file)}"
+    return value
 
 
 def digest(key: Key) -> str:

@@ -178,8 +178,7 @@ class _Now:
     def state(self, folder: Path, entry: Entry) -> tuple[State, str]:
         """BrokenError for a folder that is not as it was written."""
         from . import shelf
-        from .cachekey import changes
-        from .directions import machine
+        from .cachekey import changes, machine
         from .providers import provider_of
 
         row = provider_of(entry.key["provider"])
@@ -225,19 +224,18 @@ def _graph_differs(entry: Entry) -> str:
 
 
 def _directions(home: Path) -> Iterator[Item]:
-    from .directions import machine
-
     for file in sorted((home / "directions").glob("*.json")):
         try:
             key = json.loads(file.read_text(encoding="utf-8"))["key"]
-            providers, state, why = ",".join(map(str, key["providers"])), *_measured(key, machine())
+            providers, state, why = ",".join(map(str, key["providers"])), *_measured(key)
         except (OSError, ValueError, KeyError, TypeError):
             yield Item("directions", str(file), _bytes(file), _used(file), "broken", "is damaged")
             continue
         yield Item("directions", str(file), _bytes(file), _used(file), state, why, provider=providers)
 
 
-def _measured(key: dict[str, Any], here: dict[str, Any]) -> tuple[State, str]:
+def _measured(key: dict[str, Any]) -> tuple[State, str]:
+    from .cachekey import machine
     from .errors import ProviderError
     from .ort import onnxruntime
 
@@ -245,11 +243,10 @@ def _measured(key: dict[str, Any], here: dict[str, Any]) -> tuple[State, str]:
         release = onnxruntime().__version__
     except ProviderError:
         return "elsewhere", "there is no onnxruntime here"
-    if key["machine"] != here:
-        return "elsewhere", "of another machine"
-    if key["onnxruntime"] != release:
-        return "stale", f"onnxruntime {key['onnxruntime']} -> {release}"
-    return "fits", ""
+    then = key.get("packages", key)["onnxruntime"]
+    if key["machine"]["node"] != machine()["node"]:
+        return "elsewhere", f"of the machine {key['machine']['node']}"
+    return ("fits", "") if then == release else ("stale", f"onnxruntime {then} -> {release}")
 
 
 def _tables(home: Path) -> Iterator[Item]:

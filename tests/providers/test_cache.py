@@ -15,6 +15,7 @@ import pytest
 
 from runtime import shelf
 from runtime.bundle import Bundle
+from runtime.errors import ProviderError
 from runtime.facts import Tensor, read_facts, write_facts
 from runtime.ort import installed
 from runtime.session import Session
@@ -116,6 +117,30 @@ def test_a_context_that_qnn_refuses_is_made_anew(bundle, home, caplog):
     assert np.array_equal(first, second)
     assert "does not load (" in caplog.text
     assert shelf.look(folder, "context").bytes > 1000
+
+
+@qnn
+def test_what_qnn_leaves_to_the_cpu_is_kept_with_it(bundle, home):
+    """A Det that QNN has not, before a product; the CPU's weights come along."""
+    nodes = [
+        ("MatMul", ["sample", "a"], ["hidden"], {"name": "first"}),
+        ("Det", ["b"], ["scale"], {"name": "det"}),
+        ("Mul", ["hidden", "scale"], ["out_sample"], {"name": "second"}),
+    ]
+    weights = {"a": tiny_bundle.random(16, 16), "b": tiny_bundle.random(64, 64)}
+    tensors = [{name: (FLOAT, [4, 8, 16])} for name in TENSORS]
+    tiny_bundle.graph(bundle.folder / "unet" / "model_rows4.onnx", nodes, *tensors, weights)
+    runs = []
+    for _ in range(2):
+        session = Session(bundle, "unet", provider="qnn", fallback="allowed")
+        runs.append((session(**FEEDS)["out_sample"], session))
+    assert np.array_equal(runs[0][0], runs[1][0])
+    assert runs[0][1].compile_seconds > runs[1][1].compile_seconds == 0
+    assert runs[0][1].assignment == runs[1][1].assignment
+    assert runs[1][1].assignment.nodes["CPUExecutionProvider"] == 1
+    with pytest.raises(ProviderError, match="Det 0 %"):
+        Session(bundle, "unet", provider="qnn", fallback="never", rows=4).load()
+    assert len(shelf.whole(home)) == 1
 
 
 @qnn

@@ -483,6 +483,17 @@ def test_a_foreign_folder_goes_by_sizes_and_times(bundles, tmp_path):
     assert cachekey.graph_key(Bundle.open(folder), graph) != before
 
 
+def test_of_a_configuration_file_the_content_counts(bundles, tmp_path):
+    bundle, row = Bundle.open(bundles["sd15"]), PROVIDERS["cpu"]
+    config = tmp_path / "config.json"
+    keys = []
+    for content in ("{}", "[]", "{}"):
+        config.write_text(content, encoding="utf-8")
+        keys.append(cachekey.key_of(onnxruntime, row, {"config_file": str(config)}, bundle, bundle.graph("unet")))
+    assert keys[0] == keys[2] != keys[1]
+    assert cachekey.changes(keys[0], keys[1])[0].startswith("options.config_file config.json ")
+
+
 def test_drivers(tmp_path, monkeypatch):
     (tmp_path / "nvidia").mkdir()
     (tmp_path / "nvidia" / "version").write_text("570.1\n", encoding="utf-8")
@@ -539,7 +550,11 @@ def test_list_and_clear(home, compiles, bundles, capsys, tmp_path):
     (home / broken / "model.onnx").write_bytes(b"")
     (home / "left.partial").mkdir()
     (home.parent / "directions").mkdir()
-    measured = {"providers": ["CPUExecutionProvider"], "machine": None, "onnxruntime": "1.20.0"}
+    measured = {
+        "providers": ["CPUExecutionProvider"],
+        "machine": {"node": "other"},
+        "packages": {"onnxruntime": "1.20.0"},
+    }
     profile = home.parent / "directions" / "a.json"
     profile.write_text(json.dumps({"key": measured}), encoding="utf-8")
     (home.parent / "directions" / "b.json").write_text("{}", encoding="utf-8")
@@ -583,9 +598,8 @@ def test_what_fits_no_more_is_listed_as_stale(home, compiles, bundles, capsys, m
         patch.setattr(onnxruntime, "__version__", "1.99.0")
         (item,) = told(capsys, "list", "compiled")["items"]
         assert (item["state"], item["why"]) == ("stale", f"onnxruntime {before} -> 1.99.0")
-        patch.setattr(cachekey, "machine", lambda: {"node": "other"})
     with monkeypatch.context() as patch:
-        patch.setattr("runtime.directions.machine", lambda: {"node": "other"})
+        patch.setattr(cachekey, "machine", lambda: {"node": "other"})
         assert told(capsys, "list")["items"][0]["state"] == "elsewhere"
     assert told(capsys, "list", "--stale")["items"] == []
     (folder / "unet" / "model.onnx").unlink()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -371,6 +372,17 @@ def test_ctrl_c_leaves_nothing_and_a_second_one_does_not_wait(home, compiles, bu
             cache.watched(lambda: held.wait(30), lambda: None, "compiling")
     held.set()
     assert time.perf_counter() - began < 10
+
+
+def test_a_process_that_leaves_a_provider_compiling_ends_at_once():
+    lines = (
+        "import atexit, threading, time; from runtime import __main__, cache",
+        "atexit.register(print, 'the usual end')",
+        "threading.Thread(target=time.sleep, args=(30,), name=cache.COMPILING, daemon=True).start()",
+        "__main__._leave(130)",
+    )
+    ended = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=25)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
 
 
 def test_errors_of_the_work_are_the_callers():

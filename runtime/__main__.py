@@ -1,4 +1,4 @@
-"""python -m runtime generate|fit|solvers|inspect|devices|doctor"""
+"""python -m runtime generate|fit|solvers|inspect|devices|doctor|cache"""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import argparse
 import io
 import json
 import logging
+import os
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -51,7 +53,7 @@ def carried_out(options: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from .devices import add_commands
+    from . import cachelist, devices
 
     parser = argparse.ArgumentParser(prog="python -m runtime", description="Pictures from a bundle, without torch.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -128,7 +130,8 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument("--provider-option", action="append", default=[], metavar="KEY=VALUE", help="may be repeated")
     look.add_argument("--json", action="store_true", help="print one object on stdout")
 
-    add_commands(commands)
+    for others in (devices, cachelist):
+        others.add_commands(commands)
     return parser
 
 
@@ -394,5 +397,16 @@ def _inspect(options: argparse.Namespace) -> None:
             print(describe_assignments(placed, bundle.backbone))
 
 
+def _leave(status: int) -> NoReturn:
+    """Ends the process; without its usual end where Ctrl-C has left a provider compiling, whose library crashes it."""
+    from .cache import COMPILING
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if any(thread.name == COMPILING for thread in threading.enumerate()):
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _leave(main())

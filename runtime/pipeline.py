@@ -423,17 +423,20 @@ def _given(plan: Plan, latents: ArrayLike) -> NDArray[np.float64]:
 
 
 class _Clock:
-    """Seconds of each stage, the loading of sessions in it set apart; and the calls that were made again."""
+    """Seconds of each stage, the loading and compiling of sessions apart; and the calls that were made again."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
         self._stages: dict[str, float] = {}
         self._started = self._lap = time.perf_counter()
-        self._loaded = self._before = self._load_seconds()
+        self._ready = self._before = self._starting()
         self._retried = self._retries()
 
-    def _load_seconds(self) -> float:
-        return sum(session.load_seconds for session in self._pipeline._sessions.values())
+    def _starting(self) -> NDArray[np.float64]:
+        """(2,) seconds of loading and of compiling, of all sessions so far."""
+        spent = [(session.load_seconds, session.compile_seconds) for session in self._pipeline._sessions.values()]
+        total: NDArray[np.float64] = np.asarray(spent, np.float64).reshape(-1, 2).sum(0)
+        return total
 
     def _retries(self) -> int:
         return sum(session.retries for session in self._pipeline._sessions.values())
@@ -442,10 +445,11 @@ class _Clock:
         return self._retries() - self._retried
 
     def lap(self, stage: str) -> None:
-        now, loaded = time.perf_counter(), self._load_seconds()
-        self._stages[stage] = now - self._lap - (loaded - self._loaded)
-        self._lap, self._loaded = now, loaded
+        now, ready = time.perf_counter(), self._starting()
+        self._stages[stage] = now - self._lap - float((ready - self._ready).sum())
+        self._lap, self._ready = now, ready
 
     def seconds(self, calls: int) -> dict[str, float]:
-        spent = {"load": self._loaded - self._before, "compile": 0.0, **self._stages}
+        load, compiling = (self._ready - self._before).tolist()
+        spent = {"load": load, "compile": compiling, **self._stages}
         return spent | {"total": self._lap - self._started, "per_call": self._stages["denoise"] / calls}

@@ -61,6 +61,29 @@ class Plugin:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """How what a provider compiles is kept for the next start.
+
+    Attributes
+    ----------
+    how
+        `context`: an EP-context model, which onnxruntime writes. `option`: by the provider, in the folder that the
+        row's option `cache` names.
+    fills
+        Further options that this takes.
+    late
+        It compiles when it is called, too, and writes then.
+    unless
+        Options with which nothing is kept: it would be no faster.
+    """
+
+    how: Literal["context", "option"]
+    fills: Mapping[str, str] = field(default_factory=dict)
+    late: bool = False
+    unless: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Provider:
     """One row of the table.
 
@@ -82,6 +105,8 @@ class Provider:
         That it computes in, best first.
     cache
         The option that names its compile cache; None: it has none of its own.
+    kept
+        How what it compiles is kept; None: it compiles nothing worth that.
     plugins, catalogue
         Libraries of their own that may hold it; whether Windows ML has it, too.
     libraries
@@ -115,6 +140,7 @@ class Provider:
     options: Mapping[str, Option] = field(default_factory=dict)
     opset: int | None = None
     cache: str | None = None
+    kept: Kept | None = None
     plugins: tuple[Plugin, ...] = ()
     catalogue: bool = False
     libraries: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -218,6 +244,7 @@ _ROWS = (
             "trt_weight_stripped_engine_enable",
         ),
         cache="trt_engine_cache_path",
+        kept=Kept("option", {"trt_engine_cache_enable": "True"}, late=True),
         libraries=NVIDIA,
         device="cuda",
     ),
@@ -248,6 +275,7 @@ _ROWS = (
             "nv_use_external_data_initializer",
         ),
         cache="nv_runtime_cache_path",
+        kept=Kept("context"),
         plugins=(Plugin("onnxruntime-ep-nv-tensorrt-rtx", "onnxruntime_ep_nv_tensorrt_rtx"),),
         catalogue=True,
         libraries=NVIDIA,
@@ -300,6 +328,7 @@ _ROWS = (
         | _bools("ai_analyzer_visualization", "ai_analyzer_profiling", "xlnx_enable_py3_round"),
         opset=17,
         cache="cache_dir",
+        kept=Kept("option", {"cache_key": "model"}),
         catalogue=True,
         remedy="install AMD's Ryzen AI software and use its environment, or on Windows 11: "
         'pip install "windowsml[with-ort]" (or the extra [windowsml])',
@@ -347,6 +376,7 @@ _ROWS = (
             "skip_qnn_version_check",
         ),
         opset=21,
+        kept=Kept("context"),
         plugins=(Plugin("onnxruntime-qnn", "onnxruntime_qnn", {"backend_path": "get_qnn_htp_path"}),),
         catalogue=True,
         emulated={"soc_model": "60", "htp_arch": "73"},
@@ -373,6 +403,7 @@ _ROWS = (
         | _of("text", "layout", "reshape_input")
         | _bools("disable_dynamic_shapes", "enable_opencl_throttling", "enable_qdq_optimizer", "enable_causallm"),
         cache="cache_dir",
+        kept=Kept("option", unless={"device_type": "CPU"}),  # 1.24 reads no EP-context model that it wrote
         plugins=(Plugin("onnxruntime-ep-openvino", "onnxruntime_ep_openvino"),),
         catalogue=True,
         session={"graph_optimization_level": "ORT_DISABLE_ALL"},  # OpenVINO optimises the whole graph itself
@@ -399,6 +430,7 @@ _ROWS = (
             "AllowLowPrecisionAccumulationOnGPU",
         ),
         cache="ModelCacheDirectory",
+        kept=Kept("option"),
         flaky=True,  # ggml-org/whisper.cpp#979: NaN now and then with macOS 13.5
     ),
     Provider(
@@ -421,6 +453,7 @@ _ROWS = (
             "migraphx_exhaustive_tune",
         ),
         cache="migraphx_model_cache_dir",
+        kept=Kept("option", late=True),
         catalogue=True,
         libraries={"linux": ("libmigraphx_c.so.3",), "win32": ("amdhip64_7.dll",)},
     ),

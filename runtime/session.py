@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import assignment
+from . import assignment, cache
 from .assignment import Assignment, Fallback
 from .binding import Binding
 from .bundle import Bundle
 from .errors import BundleError, NotFiniteError, ProviderError, RequestError
 from .facts import Tensor
 from .interrupt import Hand
-from .ort import add_provider, failures, one_line, onnxruntime
+from .ort import failures, one_line, onnxruntime
 from .providers import CPU, check_options, provider_of
 from .rows import calls_of, cut, in_turn, join, rows_of
 from .tensors import declared, fit, not_finite
@@ -43,7 +43,8 @@ class Session:
     provider_options : mapping of str to str, optional
         Those of its row, and no others; see `runtime.providers`.
     session_options : onnxruntime.SessionOptions, optional
-        What the provider and `fallback` need is added to them; a provider that they name themselves is left.
+        What the provider and `fallback` need is added to them; a provider that they name themselves is left. With
+        them nothing that is compiled is kept (see `runtime.cache`).
     fallback : {"limited", "allowed", "never"}
         What may run on the CPU in place of another provider: of the backbone up to 10 % of the compute (of the other
         components anything), anything, or no node of any component. Whatever does is a warning.
@@ -53,8 +54,9 @@ class Session:
 
     Attributes
     ----------
-    load_seconds, run_seconds, calls
-        Totals over the life of this object, over all loads.
+    load_seconds, compile_seconds, run_seconds, calls
+        Totals over the life of this object, over all loads. What was compiled and kept (see `runtime.cache`) is no
+        part of loading.
     retries
         Calls among them that were made again, for NaN or infinity on a provider that is known to give them by chance.
     assignment
@@ -77,9 +79,10 @@ class Session:
         self._row = provider_of(provider)
         self.provider = self._row.ort
         check_options(self._row, provider_options or {})
-        self.load_seconds = self.run_seconds = 0.0
+        self.load_seconds = self.compile_seconds = self.run_seconds = 0.0
         self.calls = self.retries = 0
         self.assignment: Assignment | None = None
+        self._rows = rows
         self._provider_options = {  # a CUDA graph is for what is called again and again
             name: value
             for name, value in (provider_options or {}).items()
@@ -106,7 +109,6 @@ class Session:
             for count in counts
         }
         self._lock = threading.Lock()  # for what concurrent calls write
-        self._running: set[Any] = set()  # run options of the calls under way
 
     @property
     def loaded(self) -> bool:
@@ -130,17 +132,16 @@ class Session:
             self._tally()
             return self
         ort = onnxruntime()
-        options = self._options(ort)
         started = time.perf_counter()
         try:
-            shared = self._session_options is not None
-            named = add_provider(ort, options, self._row, self._provider_options, shared=shared)
-            session = ort.InferenceSession(self.path, options, named, enable_fallback=0)  # else the CPU would stand in
+            made = cache.compiled(ort, self._wanted(ort))
         except ProviderError:
             raise
         except failures(ort) as error:
             raise self._unreadable(error) from None
-        self.load_seconds += time.perf_counter() - started
+        self.compile_seconds += made.seconds
+        self.load_seconds += time.perf_counter() - started - made.seconds
+        session = made.session
         ran = session.get_providers()
         if ran[0] != self.provider:
             raise ProviderError(
@@ -148,7 +149,7 @@ class Session:
                 "check the provider's options and driver, or give --provider cpu"
             )
         session.disable_fallback()
-        self._assign(session)
+        self._assign(made.nodes)
         self._bind(ort, session)
         self._inputs, self._outputs = declared(session.get_inputs()), declared(session.get_outputs())
         self._session = session
@@ -162,10 +163,21 @@ class Session:
             index = int(options.get("device_id", "0"))
             self._binding = Binding(ort, session, self._row.device, index, captures)
 
-    def _assign(self, session: Any) -> None:
-        """Records where the nodes run, tells it (once) and refuses what may not be."""
+    def _wanted(self, ort: ModuleType) -> cache.Wanted:
+        return cache.Wanted(
+            self.bundle,
+            self.component,
+            self._rows,
+            self.path,
+            self._row,
+            self._provider_options,
+            options=lambda strict: self._options(ort, strict),
+            given=self._session_options is not None,
+        )
+
+    def _assign(self, told: list[assignment.Node] | None) -> None:
+        """Keeps where the nodes run, tells it (once) and refuses what may not be."""
         macs = self.bundle.facts.components[self.component].macs
-        told = assignment.recorded(session)
         nodes = None if told is None else assignment.completed(told, self.provider, macs)
         if nodes is None:
             if self._row is not CPU and not self._strict(onnxruntime()):
@@ -180,9 +192,7 @@ class Session:
 
     def stop(self) -> None:
         """Ends the calls under way, which other threads have made: they raise RequestError."""
-        with self._lock:
-            for options in self._running:
-                options.terminate = True
+        self._hand.stop()
         for part in self._parts.values():
             part.stop()
 
@@ -347,6 +357,7 @@ class Session:
         """The totals of the parts, as this session's."""
         parts = self._parts.values()
         self.load_seconds = sum(part.load_seconds for part in parts)
+        self.compile_seconds = sum(part.compile_seconds for part in parts)
         self.run_seconds = sum(part.run_seconds for part in parts)
         self.calls = sum(part.calls for part in parts)
         self.retries = sum(part.retries for part in parts)
@@ -357,13 +368,13 @@ class Session:
             return "it is in full precision: see with `python -m runtime inspect --verify` whether it is damaged"
         return "if it is half precision, export it with --dtype fp32"
 
-    def _options(self, ort: ModuleType) -> Any:
+    def _options(self, ort: ModuleType, strict: bool) -> Any:
         options = self._session_options
         if options is None:  # threads are left to onnxruntime: one per physical core
             options = ort.SessionOptions()
             options.log_severity_level = 3
         options.add_session_config_entry(assignment.RECORD, "1")
-        if self._strict(ort):
+        if strict and self._strict(ort):
             options.add_session_config_entry(assignment.STRICT, "1")
         return options
 

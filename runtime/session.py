@@ -302,8 +302,6 @@ class Session:
         ort = onnxruntime()
         options = ort.RunOptions()
         run = partial(self._binding or self._session.run, names, feeds, options)
-        with self._lock:
-            self._running.add(options)
         started = time.perf_counter()
         try:
             results: list[NDArray[Any]] = self._hand(run, partial(setattr, options, "terminate", True))
@@ -313,9 +311,6 @@ class Session:
         except failures(ort) as error:
             self._drop()
             raise RequestError(f"{self.component}: onnxruntime could not run it: {one_line(error)}") from None
-        finally:
-            with self._lock:
-                self._running.remove(options)
         with self._lock:
             self.run_seconds += time.perf_counter() - started
             self.calls += 1

@@ -109,6 +109,7 @@ class Session:
             for count in counts
         }
         self._lock = threading.Lock()  # for what concurrent calls write
+        self._running: set[Any] = set()  # run options of the calls under way
 
     @property
     def loaded(self) -> bool:
@@ -192,7 +193,9 @@ class Session:
 
     def stop(self) -> None:
         """Ends the calls under way, which other threads have made: they raise RequestError."""
-        self._hand.stop()
+        with self._lock:
+            for options in self._running:
+                options.terminate = True
         for part in self._parts.values():
             part.stop()
 
@@ -302,6 +305,8 @@ class Session:
         ort = onnxruntime()
         options = ort.RunOptions()
         run = partial(self._binding or self._session.run, names, feeds, options)
+        with self._lock:
+            self._running.add(options)
         started = time.perf_counter()
         try:
             results: list[NDArray[Any]] = self._hand(run, partial(setattr, options, "terminate", True))
@@ -311,6 +316,9 @@ class Session:
         except failures(ort) as error:
             self._drop()
             raise RequestError(f"{self.component}: onnxruntime could not run it: {one_line(error)}") from None
+        finally:
+            with self._lock:
+                self._running.remove(options)
         with self._lock:
             self.run_seconds += time.perf_counter() - started
             self.calls += 1

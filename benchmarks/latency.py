@@ -177,10 +177,10 @@ def measure(pipe: Pipeline, plan: Plan, runs: int, warmup: int, progress: Callab
     from runtime.providers import provider_of
 
     onnxruntime()  # what importing it takes is no part of the first picture
-    imported = _import_seconds()
-    progress()
     here = machine([provider_of(name.strip()) for name in pipe.provider.split(",")])
     first, result = _draw(pipe, plan)
+    progress()
+    imported = _import_seconds()
     progress()
     for _ in range(warmup - 1):
         _draw(pipe, plan)

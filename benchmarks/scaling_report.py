@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from runtime.profiles import OTHERS
+
 from .common import megabytes, save, table
 from .machine import company
 
@@ -39,6 +41,8 @@ def verdict(result: Scaling) -> list[str]:
     if front:
         named = ", ".join(f"{one.name} ({one.seconds:.3g} s, {one.psnr_db:.1f} dB)" for one in front)
         said.append(f"Of its tables, none is both quicker here and closer than these: {named}.")
+    if result.others is not None and result.others > OTHERS:
+        said.append(f"Do not rely on it: {company(result.others)}.")
     return said
 
 

@@ -118,6 +118,15 @@ def test_what_a_busy_machine_gave_is_told_and_not_kept(bundles, monkeypatch, cap
     assert Profile(pipe._key(pipe.plan("", solver="euler"))).sittings == []
 
 
+def test_words_of_a_busy_machine_are_not_to_be_relied_on(bundles, monkeypatch):
+    monkeypatch.setattr("runtime.profiles.Others.share", lambda self: 0.6)
+    result = scaling.measure(simulated(bundles["sd3"], lambda rows: rows, monkeypatch), [2, 4], 4, 3)
+    assert (result.profile, result.others) == (None, 0.6)
+    assert verdict(result)[-1].startswith("Do not rely on it: THE MACHINE WAS BUSY, other programs took 60%")
+    quiet = dataclasses.replace(result, others=0.1)
+    assert not any("rely" in line for line in verdict(quiet))
+
+
 def test_one_timestep_for_all_rows_means_calls(bundles, monkeypatch):
     result = scaling.measure(simulated(bundles["optimum"], lambda rows: 8 + rows, monkeypatch), [2, 4], 4, 3)
     (way,) = result.directions

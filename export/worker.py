@@ -115,7 +115,7 @@ def _export_graph(job: Job, facts: Any, module: Any, rows: int | None) -> dict[s
     agreed, small = (_contract(job, facts, *sides) for sides in ((job.height, job.width), size))
     if rows is not None:
         agreed, small = agreed.fixed(rows), small.fixed(rows)
-    model = graph.trace(module, agreed.inputs, agreed.outputs, agreed.samples(rows or 2), job.opset)
+    model = _trace(job, module, agreed, rows)
     if (declared := graph.declared(model)) != (agreed.inputs, agreed.outputs):
         raise ExportError(
             f"{job.component}: the graph declares {declared[0]} -> {declared[1]}, "
@@ -131,7 +131,7 @@ def _export_graph(job: Job, facts: Any, module: Any, rows: int | None) -> dict[s
     found = macs.count(path, ROWS, rows or 1)
     del model
     if small != agreed:
-        model = graph.trace(module, small.inputs, small.outputs, small.samples(rows or 2), job.opset)
+        model = _trace(job, module, small, rows)
         if (others := Counter(node.op_type for node in model.graph)) != kinds:
             raise ExportError(
                 f"{job.component}: traced at {size[1]}x{size[0]} the graph has other nodes than at "
@@ -142,8 +142,19 @@ def _export_graph(job: Job, facts: Any, module: Any, rows: int | None) -> dict[s
     return found
 
 
+def _trace(job: Job, module: Any, agreed: Any, rows: int | None) -> Any:
+    from . import graph, weights
+
+    model = graph.trace(module, agreed.inputs, agreed.outputs, agreed.samples(rows or 2), job.opset)
+    if job.precision == "bf16":
+        weights.admit_bf16(model)
+    return model
+
+
 def _rewrite(job: Job) -> None:
     """Quantises the weights of what was traced; makes the graphs that parity is tried with such as the CPU can run."""
+    import onnx
+
     from . import weights
     from .components import BLOCK, WEIGHT_BITS
 
@@ -153,6 +164,7 @@ def _rewrite(job: Job) -> None:
         weights.quantise(files, bits, BLOCK[job.precision])
     if job.precision == "bf16":
         for rows in job.rows or (None,):
+            onnx.checker.check_model(_graph_file(job, GRAPH, rows), full_check=True)  # parity runs another graph
             trial = _graph_file(job, TRIAL, rows)
             weights.widen(trial if trial.exists() else _graph_file(job, GRAPH, rows), trial)
 

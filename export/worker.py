@@ -177,6 +177,7 @@ def calibrate(job: Job) -> dict[str, Any]:
     import numpy as np
 
     from .calibrate import record
+    from .components import TOLERANCE
     from .qdq import quantise
     from .targets import CALIBRATED, TARGETS
 
@@ -192,7 +193,7 @@ def calibrate(job: Job) -> dict[str, Any]:
     got = [_answers(file, held, rows) for rows, file in files.items()]
     pairs = zip(got, expected, strict=True)
     error = float(np.max([np.abs(one - other).max() / np.abs(other).max() for one, other in pairs]))
-    return _judged(job, "fp32", tuple(job.rows) or (2,), error)
+    return _judged(job, "fp32", tuple(job.rows) or (2,), error, TOLERANCE[job.precision])
 
 
 def _answers(file: Path, feeds: dict[str, Any], rows: int | None) -> Any:
@@ -260,13 +261,10 @@ def parity(job: Job) -> dict[str, Any]:
                 )
             scale = max(float(np.abs(other).max()), 1e-12)
             error = float(np.maximum(error, np.abs(one - other).max() / scale))  # unlike max, keeps a NaN
-    return _judged(job, "torch", rows, error)
+    return _judged(job, "torch", rows, error, small.tolerance[job.precision])
 
 
-def _judged(job: Job, other: str, rows: tuple[int, ...], error: float) -> dict[str, Any]:
-    from .components import TOLERANCE
-
-    tolerance = TOLERANCE[job.precision]
+def _judged(job: Job, other: str, rows: tuple[int, ...], error: float, tolerance: float) -> dict[str, Any]:
     if not error <= tolerance:
         raise ExportError(
             f"{job.component}: differs from {other} by {error:.1e} relative, {tolerance:.0e} are allowed "

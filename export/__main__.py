@@ -196,7 +196,9 @@ def dry_run(planned: plan.Plan, target: Path) -> dict[str, object]:
             "at 512x512 for a model of full size, and its weights in fp32 in memory; --picture-check 0 leaves it out"
         )
     if planned.calibrated:
-        say(f"{planned.backbone}: exported in fp32 first, then calibrated on drawings: 8 pictures' time, on this CPU")
+        say(
+            f"{planned.backbone}: exported in fp32 first, then calibrated on drawings, on this CPU: about 18 pictures' time"
+        )
     disk = sum(one["disk_bytes"] for one in predicted.values())
     ram = max(max(one["export_ram_bytes"], one["parity_ram_bytes"]) for one in predicted.values())
     say(f"{target}: {disk / 1e9:.2f} GB of disk, memory about {ram / 1e9:.1f} GB; nothing was written")

@@ -20,6 +20,7 @@ _VAE = ("vae_decoder", "vae_encoder")
 DTYPES = ("fp32", "fp16", "bf16", "int8", "w8a16", "int8-weights", "int4-weights")  # see export.components
 CALIBRATED: Mapping[str, Literal["uint8", "uint16"]] = {"int8": "uint8", "w8a16": "uint16"}  # activations
 _BITS = DTYPES[-2:]  # MatMulNBits: CPU, CUDA and WebGPU have kernels for both; DirectML for 4 bits, the NPUs for none
+_BF16_OPSET = 22
 _T5 = {"fp16": "fp16-weights", "int8": "int8-weights", "int4": "int4-weights"}  # --t5 -> precision
 
 
@@ -64,6 +65,8 @@ def choose(name: str, dtype: str | None, opset: int | None, t5: str = "none") ->
         raise ExportError(
             f"--opset {opset}: --target {name} takes {', '.join(map(str, sorted(target.opsets)))}; leave the option out"
         )
+    if dtype == "bf16" and opset < _BF16_OPSET:
+        raise ExportError(f"--opset {opset}: CUDA's convolutions take bf16 from opset {_BF16_OPSET} on; leave it out")
     if t5 in ("int8", "int4") and _T5[t5] not in target.dtypes:
         raise ExportError(f"--t5 {t5}: --target {name} has no kernels for such weights; give --t5 fp16")
     return dtype, opset

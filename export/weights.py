@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
@@ -22,6 +23,7 @@ from .graph import save, save_sharing
 
 DOMAIN = "com.microsoft"
 ACCURACY = 4  # the kernel's level: both operands in 8 bits
+_NOT_BF16 = ("ConvTranspose", "GroupNormalization", "InstanceNormalization", "Resize")  # for want of CUDA's kernels
 _DTYPES = ("to", "dtype", "softmax_precision")  # attributes that name one
 LEAST = 32  # numbers summed over: below it a block would be mostly padding
 
@@ -110,6 +112,35 @@ def _replace(graph: ir.Graph, node: ir.Node, weight: np.ndarray, packer: Default
         last = ir.node("Add", [product.outputs[0], node.inputs[2]], name=f"{node.name}_bias")
         nodes.append(last)
     ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, [made], [last.outputs[0]])
+
+
+def admit_bf16(model: ir.Model) -> None:
+    """Puts casts to fp32 and back around operators that ONNX does not define for bf16, or CUDA has no kernels for."""
+    opset = model.opset_imports[""]
+    for node in list(model.graph):
+        schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
+        taken = {one.type_param_str: one.allowed_type_strs for one in schema.type_constraints}
+        for index, value in enumerate(node.inputs):
+            formal = schema.inputs[min(index, len(schema.inputs) - 1)]
+            if value is not None and _refused(node, value, taken.get(formal.type_str)):
+                cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT}, name=f"{node.name}_input_{index}_cast")
+                model.graph.insert_before(node, cast)
+                node.replace_input_with(index, cast.outputs[0])
+        for index, value in enumerate(node.outputs):
+            if _refused(node, value, taken.get(schema.outputs[min(index, len(schema.outputs) - 1)].type_str)):
+                cast = ir.node("Cast", [value], {"to": ir.DataType.BFLOAT16}, name=f"{node.name}_output_{index}_cast")
+                cast.outputs[0].shape, cast.outputs[0].dtype = value.shape, value.dtype
+                ir.convenience.replace_all_uses_with(value, cast.outputs[0])
+                cast.replace_input_with(0, value)
+                model.graph.insert_after(node, cast)
+                value.dtype = ir.DataType.FLOAT
+
+
+def _refused(node: ir.Node, value: ir.Value, taken: Sequence[str] | None) -> bool:
+    """Whether a node cannot take or give a value, for it is bf16; `taken` are the types that ONNX defines."""
+    if value.dtype != ir.DataType.BFLOAT16:
+        return False
+    return node.op_type in _NOT_BF16 or (taken is not None and "tensor(bfloat16)" not in taken)
 
 
 def widen(path: Path, target: Path) -> None:

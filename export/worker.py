@@ -107,7 +107,7 @@ def export(job: Job) -> dict[str, Any]:
 
 def _export_graph(job: Job, facts: Any, module: Any, rows: int | None) -> dict[str, int]:
     """Writes the graph of a row count, or of any (None), and its small twin; its multiply-accumulates for one row."""
-    from . import graph, macs, rewrites
+    from . import graph, macs
     from .components import ROWS
     from .plan import trial_size
 
@@ -115,8 +115,7 @@ def _export_graph(job: Job, facts: Any, module: Any, rows: int | None) -> dict[s
     agreed, small = (_contract(job, facts, *sides) for sides in ((job.height, job.width), size))
     if rows is not None:
         agreed, small = agreed.fixed(rows), small.fixed(rows)
-    model = graph.trace(module, agreed.inputs, agreed.outputs, agreed.samples(rows or 2), job.opset)
-    rewrites.rewrite(model, job.target)
+    model = _trace(job, module, agreed, rows)
     if (declared := graph.declared(model)) != (agreed.inputs, agreed.outputs):
         raise ExportError(
             f"{job.component}: the graph declares {declared[0]} -> {declared[1]}, "
@@ -132,8 +131,7 @@ def _export_graph(job: Job, facts: Any, module: Any, rows: int | None) -> dict[s
     found = macs.count(path, ROWS, rows or 1)
     del model
     if small != agreed:
-        model = graph.trace(module, small.inputs, small.outputs, small.samples(rows or 2), job.opset)
-        rewrites.rewrite(model, job.target)
+        model = _trace(job, module, small, rows)
         if (others := Counter(node.op_type for node in model.graph)) != kinds:
             raise ExportError(
                 f"{job.component}: traced at {size[1]}x{size[0]} the graph has other nodes than at "
@@ -144,8 +142,20 @@ def _export_graph(job: Job, facts: Any, module: Any, rows: int | None) -> dict[s
     return found
 
 
+def _trace(job: Job, module: Any, agreed: Any, rows: int | None) -> Any:
+    from . import graph, rewrites, weights
+
+    model = graph.trace(module, agreed.inputs, agreed.outputs, agreed.samples(rows or 2), job.opset)
+    rewrites.rewrite(model, job.target)
+    if job.precision == "bf16":
+        weights.admit_bf16(model)
+    return model
+
+
 def _rewrite(job: Job) -> None:
     """Quantises the weights of what was traced; makes the graphs that parity is tried with such as the CPU can run."""
+    import onnx
+
     from . import weights
     from .components import BLOCK, WEIGHT_BITS
 
@@ -155,6 +165,7 @@ def _rewrite(job: Job) -> None:
         weights.quantise(files, bits, BLOCK[job.precision])
     if job.precision == "bf16":
         for rows in job.rows or (None,):
+            onnx.checker.check_model(_graph_file(job, GRAPH, rows), full_check=True)  # parity runs another graph
             trial = _graph_file(job, TRIAL, rows)
             weights.widen(trial if trial.exists() else _graph_file(job, GRAPH, rows), trial)
 
@@ -167,6 +178,7 @@ def calibrate(job: Job) -> dict[str, Any]:
     import numpy as np
 
     from .calibrate import record
+    from .components import TOLERANCE
     from .qdq import quantise
     from .targets import CALIBRATED, TARGETS
 
@@ -182,7 +194,7 @@ def calibrate(job: Job) -> dict[str, Any]:
     got = [_answers(file, held, rows) for rows, file in files.items()]
     pairs = zip(got, expected, strict=True)
     error = float(np.max([np.abs(one - other).max() / np.abs(other).max() for one, other in pairs]))
-    return _judged(job, "fp32", tuple(job.rows) or (2,), error)
+    return _judged(job, "fp32", tuple(job.rows) or (2,), error, TOLERANCE[job.precision])
 
 
 def _answers(file: Path, feeds: dict[str, Any], rows: int | None) -> Any:
@@ -251,13 +263,10 @@ def parity(job: Job) -> dict[str, Any]:
                 )
             scale = max(float(np.abs(other).max()), 1e-12)
             error = float(np.maximum(error, np.abs(one - other).max() / scale))  # unlike max, keeps a NaN
-    return _judged(job, "torch", rows, error)
+    return _judged(job, "torch", rows, error, small.tolerance[job.precision])
 
 
-def _judged(job: Job, other: str, rows: tuple[int, ...], error: float) -> dict[str, Any]:
-    from .components import TOLERANCE
-
-    tolerance = TOLERANCE[job.precision]
+def _judged(job: Job, other: str, rows: tuple[int, ...], error: float, tolerance: float) -> dict[str, Any]:
     if not error <= tolerance:
         raise ExportError(
             f"{job.component}: differs from {other} by {error:.1e} relative, {tolerance:.0e} are allowed "

@@ -22,6 +22,7 @@ from runtime.session import Session
 SEED = 7_000_000  # of the first start noise: no picture that quality is reported on begins with one of these
 STEPS = 10  # evenly spread network times, asked for one at a time
 INTERVALS = 5  # of the start table whose two midpoints are asked for at once
+EACH = 12  # calls kept of a trajectory: half of them
 
 Feed = dict[str, np.ndarray]
 
@@ -29,7 +30,7 @@ Feed = dict[str, np.ndarray]
 def record(folder: Path, *, prompts: Sequence[str], count: int, seed: int = SEED) -> list[Feed]:
     """Inputs of a bundle's backbone along real trajectories: all noise levels, guided, one point or K = 2 at a time.
 
-    Every prompt is drawn twice from a seed of its own: by Euler at `STEPS` times, and with the start table of two
+    A prompt is drawn twice from a seed of its own: by Euler at `STEPS` times, and with the start table of two
     directions, whose midpoints lie off Euler's path. Calls are cut to the rows of the backbone's first graph, to 2
     where it takes any number. Of a trajectory's calls only those that are wanted stay in memory.
 
@@ -38,9 +39,9 @@ def record(folder: Path, *, prompts: Sequence[str], count: int, seed: int = SEED
     folder : Path
         Of a bundle in fp32.
     prompts : sequence of str
-        Drawn as long as calls are wanted of them: at most `count`.
+        Some are drawn, evenly spread: one for every `EACH` calls, all of them if there are fewer.
     count : int
-        Calls to keep, evenly spread over prompts and times; fewer are returned where the trajectories have no more.
+        Calls to keep, evenly spread over trajectories and times; where these have fewer, all.
 
     Returns
     -------
@@ -58,14 +59,15 @@ def record(folder: Path, *, prompts: Sequence[str], count: int, seed: int = SEED
     halves = 2 if pipe.plan("").guided else 1
     images = rows // math.gcd(rows, halves)  # so that every call is some whole graphs' rows
     groups = [prompts[i : i + images] for i in range(0, len(prompts), images)]
+    most = min(len(groups), -(-count // EACH))
     kept: list[Feed] = []
     try:
-        for number, group in enumerate(groups):
-            wanted = count * (number + 1) // len(groups) - count * number // len(groups)
-            if wanted:
-                told = [group[i % len(group)] for i in range(images)]
-                calls = _drawn(pipe, told, seed + number * images, rows)
-                kept += [calls[i] for i in _spread(len(calls), wanted, number)]
+        for number in range(most):
+            group = groups[number * len(groups) // most]
+            told = [group[i % len(group)] for i in range(images)]
+            calls = _drawn(pipe, told, seed + number * images, rows)
+            wanted = count * (number + 1) // most - count * number // most
+            kept += [calls[i] for i in _spread(len(calls), wanted, number)]
     finally:
         pipe.close()
     return kept

@@ -39,6 +39,7 @@ def quantise(
     feeds: Sequence[Mapping[str, np.ndarray]],
     *,
     activations: Literal["uint8", "uint16"],
+    operators: Literal["all", "products"] = "all",
     keep: Collection[str] = (),
 ) -> None:
     """Replaces fp32 graphs of one component, which share one data file, by QDQ graphs over a new one.
@@ -52,6 +53,9 @@ def quantise(
         Inputs of the first graph: its ranges are the least and the largest values that these bring about.
     activations : "uint8" | "uint16"
         Asymmetric. Weights are int8, symmetric, one scale per output channel; biases of Conv and Gemm int32.
+    operators : "all" | "products"
+        All, as an NPU wants them that has no float units to speak of, or convolutions and matrix products alone, which
+        the CPU computes in int8 as fast and with less than half the error.
     keep : collection of str
         Nodes of the first graph that stay in float, or operators, beside those of `kept`.
 
@@ -70,7 +74,7 @@ def quantise(
             found = {same.get(name, name): bounds for name, bounds in ranges.items()}
             spared = kept(model) | {same.get(name, name) for name in keep}
             onnx.load_external_data_for_model(model, str(folder))
-            model = _quantised(model, found, activations, spared)
+            model = _quantised(model, found, activations, operators, spared)
             written = Path(scratch) / path.name
             if path == first:
                 save(ir.from_proto(model), written)
@@ -81,10 +85,14 @@ def quantise(
 
 
 def kept(model: onnx.ModelProto) -> set[str]:
-    """Nodes that stay in float: the network of the time, up to its second product.
+    """Nodes that stay in float, a hundredth of the compute: the network of the time, and the graph's two edges."""
+    return _time(model) | _edges(model)
 
-    It is what depends on nothing but an input of one number a row. Sine and cosine of numbers up to 1000 bear no steps
-    of 4, and everything after them hangs on this one vector; of the weights it is a thousandth.
+
+def _time(model: onnx.ModelProto) -> set[str]:
+    """What depends on nothing but an input of one number a row, up to the second product.
+
+    Sine and cosine of numbers up to 1000 bear no steps of 4, and every layer hangs on what is made of them.
     """
     scalars = {value.name for value in model.graph.input if len(value.type.tensor_type.shape.dim) == 1}
     depth = dict.fromkeys(scalars, 0)  # tensor that depends on them alone -> products on the way to it
@@ -97,6 +105,23 @@ def kept(model: onnx.ModelProto) -> set[str]:
             if products <= 2:
                 found.add(node.name)
                 depth |= dict.fromkeys(node.output, products)
+    return found
+
+
+def _edges(model: onnx.ModelProto) -> set[str]:
+    """The products that read the latents, and what makes the output from the last product on.
+
+    In 8 bits both add an error of their own to every step, which no later layer takes back.
+    """
+    latents = {value.name for value in model.graph.input if len(value.type.tensor_type.shape.dim) == 4}
+    maker = {name: node for node in model.graph.node for name in node.output}
+    found = {node.name for node in model.graph.node if node.op_type in _PRODUCTS and node.input[0] in latents}
+    for output in model.graph.output:
+        node = maker[output.name]
+        while node.op_type not in _PRODUCTS and any(name in maker for name in node.input):
+            found.add(node.name)
+            node = next(maker[name] for name in node.input if name in maker)
+        found.add(node.name)
     return found
 
 
@@ -155,33 +180,35 @@ def _counterparts(first: onnx.ModelProto, model: onnx.ModelProto, path: Path) ->
 
 
 def _quantised(
-    model: onnx.ModelProto, ranges: Ranges, activations: Literal["uint8", "uint16"], spared: Collection[str]
+    model: onnx.ModelProto, ranges: Ranges, activations: str, operators: str, spared: Collection[str]
 ) -> onnx.ModelProto:
+    """The graph with QDQ nodes; `spared`: nodes and operators that get none."""
     nodes = [node.name for node in model.graph.node if node.name in spared or node.op_type in spared]
     weights = {tensor.name for tensor in model.graph.initializer}
     per_column = [{"axis": 1, "quant_type": QuantType.QInt8, "symmetric": True}]  # the library has them per tensor
     config = get_qnn_qdq_config(
         model,
         None,
+        activation_type=_TYPES[activations],
+        weight_type=QuantType.QInt8,
+        per_channel=True,
+        op_types_to_quantize=list(_PRODUCTS) if operators == "products" else None,
+        nodes_to_exclude=nodes,
         init_overrides={
             node.input[1]: per_column
             for node in model.graph.node
             if node.op_type == "MatMul" and node.input[1] in weights and node.name not in nodes
         },
-        activation_type=_TYPES[activations],
-        weight_type=QuantType.QInt8,
-        per_channel=True,
-        nodes_to_exclude=nodes,
     )
     bounds = {n: TensorData(lowest=np.float32(low), highest=np.float32(high)) for n, (low, high) in ranges.items()}
     return QDQQuantizer(
         model,
-        True,
-        False,
+        config.per_channel,
+        config.reduce_range,
         config.weight_type,
         config.activation_type,
         TensorsData(CalibrationMethod.MinMax, bounds),
-        [],
+        config.nodes_to_quantize or [],
         nodes,
         config.op_types_to_quantize,
         config.extra_options,

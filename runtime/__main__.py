@@ -399,11 +399,11 @@ def _inspect(options: argparse.Namespace) -> None:
 
 def _leave(status: int) -> NoReturn:
     """Ends the process; without its usual end where Ctrl-C has left a provider compiling, whose library crashes it."""
-    from .cache import COMPILING
+    from .watched import THREAD
 
     sys.stdout.flush()
     sys.stderr.flush()
-    if any(thread.name == COMPILING for thread in threading.enumerate()):
+    if any(thread.name == THREAD for thread in threading.enumerate()):
         os._exit(status)
     sys.exit(status)
 

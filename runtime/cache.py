@@ -11,19 +11,16 @@ Tells by log lines. Knows nothing of pipelines.
 
 from __future__ import annotations
 
-import concurrent.futures
 import datetime
 import functools
 import logging
-import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 from epd.catalogue import cache_folder
 
@@ -35,9 +32,8 @@ from .errors import ProviderError
 from .ort import add_provider, failures, one_line, settled
 from .providers import Provider
 from .shelf import BrokenError, Entry
+from .watched import watched
 
-COMPILING = "compiling"  # name of the thread; one that is left alone crashes a process that ends as usual
-Value = TypeVar("Value")
 log = logging.getLogger(__name__)
 
 
@@ -260,57 +256,6 @@ def _tell_changes(wanted: Wanted, key: Key, folders: Path) -> None:
     if older:
         last = max(older, key=lambda one: one[0])[1]
         log.warning("%s is compiled anew: %s", wanted, ", ".join(changes(last.key, key)))
-
-
-def watched(work: Callable[[], Value], stop: Callable[[], None], line: str) -> Value:
-    """The result of `work`, run in a thread, `line` with its seconds told on a terminal.
-
-    Ctrl-C calls `stop` and waits for the end of the work; a second one does not wait.
-    """
-    future: concurrent.futures.Future[Value] = concurrent.futures.Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:  # noqa: BLE001  raised by whoever asks for the result
-            future.set_exception(error)
-
-    threading.Thread(target=run, name=COMPILING, daemon=True).start()
-    with _Ticker() as ticker:
-        try:
-            _wait(future, ticker, line)
-        except KeyboardInterrupt:
-            stop()
-            _wait(future, ticker, f"stopping, once more Ctrl-C does not wait: {line}")
-            raise
-    return future.result()
-
-
-def _wait(future: concurrent.futures.Future[Any], ticker: _Ticker, line: str) -> None:
-    while not concurrent.futures.wait([future], timeout=0.2).done:  # Windows sees Ctrl-C between two waits
-        ticker.tell(line)
-
-
-class _Ticker:
-    """One line on a terminal, written over again and again, gone in the end."""
-
-    def __enter__(self) -> _Ticker:
-        self._shown = ""
-        self._began = time.perf_counter()
-        self._terminal = sys.stderr is not None and sys.stderr.isatty()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._show("")
-
-    def tell(self, line: str) -> None:
-        self._show(f"{line}: {time.perf_counter() - self._began:.0f} s")
-
-    def _show(self, text: str) -> None:
-        if self._terminal and text != self._shown:
-            sys.stderr.write(f"\r{text:{len(self._shown)}}" + ("" if text else "\r"))
-            sys.stderr.flush()
-            self._shown = text
 
 
 def _cancel(options: Any) -> None:

@@ -76,10 +76,12 @@ def graph_key(bundle: Bundle, graph: Path) -> dict[str, str]:
     """Path in the bundle -> SHA-256, of a graph and the data beside it; where none is recorded, size and time."""
     recorded = {stored.path: stored.sha256 for stored in bundle.stored()}
     beside = (path for path in sorted(graph.parent.iterdir()) if path.suffix not in (".onnx", ".json"))
-    files = [graph, *(path for path in beside if path.is_file())]
-    names = {path.relative_to(bundle.folder).as_posix(): path.stat() for path in files}
-    data = {name: f"{stat.st_size} bytes of {stat.st_mtime_ns}" for name, stat in names.items()}
-    return {name: recorded.get(name, size) for name, size in data.items() if name in recorded or bundle.foreign}
+    files = {path.relative_to(bundle.folder).as_posix(): path for path in (graph, *beside) if path.is_file()}
+    return {
+        name: recorded.get(name) or f"{path.stat().st_size} bytes of {path.stat().st_mtime_ns}"
+        for name, path in files.items()
+        if name in recorded or path == graph or bundle.foreign
+    }
 
 
 def environment(ort: ModuleType, row: Provider) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class Report:
     guidance_interval: tuple[float, float] | None  # sigma; None: guided everywhere, or nowhere
     provider: Mapping[str, Any]  # asked, ran, retries; nodes, macs_share, fallbacks: see `assignment.summary`
     directions: Directions
-    seconds: Mapping[str, float]  # load, compile, encode, [measure,] denoise, decode, total, per_call
+    seconds: Mapping[str, float]  # load, compile (0: cached), encode, [measure,] denoise, decode, total, per_call
     peak_rss_bytes: int | None  # of this process so far; None where the system does not tell
     bundle: Mapping[str, str | None]  # name, sha256 of bundle.json
 

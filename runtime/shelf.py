@@ -182,7 +182,7 @@ def whole(shelf: Path) -> list[Path]:
 
 def remove(folder: Path) -> None:
     """Removes a folder at once for all who look for it; OSError if it cannot."""
-    gone = folder.with_name(f"{folder.name}.{os.getpid()}{PARTIAL}")
+    gone = folder.with_name(f"{folder.name}.{os.getpid()}-{time.time_ns()}{PARTIAL}")
     with suppress(FileNotFoundError):  # another process was faster
         folder.rename(gone)
         shutil.rmtree(gone)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ import onnxruntime
 import pytest
 import tiny_bundle
 
-from runtime import Pipeline, assignment, cache, cachekey, cachelist, shelf
+from runtime import Pipeline, assignment, cache, cachekey, cachelist, shelf, watched
 from runtime.__main__ import main
 from runtime.bundle import Bundle
 from runtime.errors import ProviderError
@@ -345,7 +346,7 @@ def test_what_a_killed_process_left_is_removed_a_day_later(home, compiles, bundl
 
 def test_ctrl_c_leaves_nothing_and_a_second_one_does_not_wait(home, compiles, bundles, monkeypatch):
     ended, presses = threading.Event(), iter([1])
-    real = cache.concurrent.futures.wait
+    real = watched.concurrent.futures.wait
 
     def once(futures, timeout):
         if next(presses, None):
@@ -358,7 +359,7 @@ def test_ctrl_c_leaves_nothing_and_a_second_one_does_not_wait(home, compiles, bu
 
     monkeypatch.setattr(cache, "_cancel", lambda options: None)
     with monkeypatch.context() as patch:
-        patch.setattr(cache.concurrent.futures, "wait", once)
+        patch.setattr(watched.concurrent.futures, "wait", once)
         with pytest.raises(KeyboardInterrupt):
             run(bundles["sd15"])
     assert ended.is_set()
@@ -367,18 +368,18 @@ def test_ctrl_c_leaves_nothing_and_a_second_one_does_not_wait(home, compiles, bu
     held = threading.Event()
     began = time.perf_counter()
     with monkeypatch.context() as patch:
-        patch.setattr(cache.concurrent.futures, "wait", always)
+        patch.setattr(watched.concurrent.futures, "wait", always)
         with pytest.raises(KeyboardInterrupt):
-            cache.watched(lambda: held.wait(30), lambda: None, "compiling")
+            watched.watched(lambda: held.wait(30), lambda: None, "compiling")
     held.set()
     assert time.perf_counter() - began < 10
 
 
 def test_a_process_that_leaves_a_provider_compiling_ends_at_once():
     lines = (
-        "import atexit, threading, time; from runtime import __main__, cache",
+        "import atexit, threading, time; from runtime import __main__, watched",
         "atexit.register(print, 'the usual end')",
-        "threading.Thread(target=time.sleep, args=(30,), name=cache.COMPILING, daemon=True).start()",
+        "threading.Thread(target=time.sleep, args=(30,), name=watched.THREAD, daemon=True).start()",
         "__main__._leave(130)",
     )
     ended = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=25)
@@ -387,13 +388,13 @@ def test_a_process_that_leaves_a_provider_compiling_ends_at_once():
 
 def test_errors_of_the_work_are_the_callers():
     with pytest.raises(ZeroDivisionError):
-        cache.watched(lambda: 1 / 0, lambda: None, "compiling")
+        watched.watched(lambda: 1 / 0, lambda: None, "compiling")
 
 
 def test_progress_on_a_terminal_only(monkeypatch, capsys):
     for terminal in (False, True):
         monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
-        cache.watched(lambda: time.sleep(0.5), lambda: None, "compiling unet for CPU")
+        watched.watched(lambda: time.sleep(0.5), lambda: None, "compiling unet for CPU")
         told = capsys.readouterr().err
         assert told.startswith("\rcompiling unet for CPU: 0 s" if terminal else "")
         assert bool(told) == terminal
@@ -511,7 +512,7 @@ def test_drivers(tmp_path, monkeypatch):
     (tmp_path / "nvidia" / "version").write_text("570.1\n", encoding="utf-8")
     (tmp_path / "amdxdna").mkdir()
     assert dict(cachekey._modules(PROVIDERS["cuda"], tmp_path)) == {"nvidia": "570.1"}
-    assert dict(cachekey._modules(PROVIDERS["vitisai"], tmp_path)) == {"amdxdna": os.uname().release}
+    assert dict(cachekey._modules(PROVIDERS["vitisai"], tmp_path)) == {"amdxdna": platform.release()}
     assert dict(cachekey._modules(PROVIDERS["webgpu"], tmp_path)) == {}
 
     class Opened:

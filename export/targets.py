@@ -1,9 +1,10 @@
 """What a bundle must be for the device it is made for: a table of facts, one row per target.
 
 Dynamic targets get one graph that takes any number of rows; static ones a graph per row count, every size in it a
-number. Sources: the providers' own documentation (November 2026). Drawn with so far: cpu, and qnn
-on Qualcomm's x86 emulator (whose fault with position embeddings `rewrites` goes around). On the other devices nothing
-was run. Knows nothing of torch.
+number. What operators a target has not is in `export.lint`, which the exporter asks. Sources: the providers' own
+documentation (November 2026). Drawn with so far: cpu, openvino on its device CPU, webgpu on a software Vulkan device,
+qnn on Qualcomm's x86 emulator (whose fault with position embeddings `rewrites` goes around). On the other devices
+nothing was run. Knows nothing of torch.
 """
 
 from __future__ import annotations

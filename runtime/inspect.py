@@ -40,13 +40,15 @@ def assignments(bundle: Bundle, provider: str, options: Mapping[str, str]) -> li
     Raises
     ------
     BundleError, ProviderError
-        Also where onnxruntime, older than 1.24, cannot tell.
+        Also where this release of onnxruntime cannot tell.
     """
     placed = []
     for name in bundle.facts.components:
         with Session(bundle, name, provider=provider, provider_options=options, fallback="allowed") as session:
             if session.assignment is None:
-                raise ProviderError("this onnxruntime cannot tell where nodes run; install 1.24 or a newer one")
+                raise ProviderError(
+                    f"{name}: this release of onnxruntime cannot tell where its nodes run on {provider}"
+                )
             placed.append(session.assignment)
     return placed
 

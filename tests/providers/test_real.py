@@ -6,15 +6,24 @@ is tested. PROVIDER_HARDWARE=none says that there is no device (no Vulkan adapte
 
 import json
 import os
+import re
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from runtime import directions
 from runtime.__main__ import main
+from runtime.assignment import RECORD, recorded
+from runtime.bundle import Bundle
 from runtime.devices import _ADD
 from runtime.ort import add_provider, base_wheels, failures, installed, onnxruntime
+from runtime.pipeline import find
 from runtime.providers import PROVIDERS
+from runtime.session import Session
+from tests.runtime import tiny_bundle
 
 REAL = ("openvino", "webgpu", "qnn")
 BUNDLE = os.environ.get("EPD_TEST_BUNDLE")
@@ -46,6 +55,12 @@ def draw(folder, *options):
     return status, picture
 
 
+def psnr(one, other):
+    """In dB, of two PNG files."""
+    first, second = (np.asarray(Image.open(file), np.float64) for file in (one, other))
+    return 10 * np.log10(255**2 / max(((first - second) ** 2).mean(), 1e-9))
+
+
 @pytest.mark.skipif(NONE, reason="no device here")
 def test_it_is_found_and_starts(name, capsys):
     row = seen(name, capsys)
@@ -67,16 +82,76 @@ def test_without_a_device_it_is_an_error_and_no_run_on_the_cpu(name, capsys, tmp
 
 @pytest.mark.skipif(NONE or not BUNDLE, reason="needs EPD_TEST_BUNDLE and a device")
 def test_it_draws_the_picture_that_the_cpu_draws(name, capsys, tmp_path):
+    backbone = Bundle.open(find(BUNDLE)).backbone
     pictures = []
     for provider in ("cpu", name):
-        # allowed: onnxruntime-webgpu 1.27 records only some of the nodes that it runs
-        status, picture = draw(tmp_path, "--provider", provider, "--allow-fallback")
+        status, picture = draw(tmp_path, "--provider", provider)
         told = capsys.readouterr()
         assert status == 0, told.err
-        assert json.loads(told.out)["provider"]["ran"] == PROVIDERS[provider].ort
-        pictures.append(np.asarray(Image.open(picture), np.float64))
-    error = ((pictures[0] - pictures[1]) ** 2).mean()
-    assert error < 255**2 / 10**3.5, "PSNR under 35 dB"
+        report = json.loads(told.out)["provider"]
+        assert report["ran"] == PROVIDERS[provider].ort
+        assert report["macs_share"][backbone] > 0.99
+        pictures.append(picture)
+    assert psnr(*pictures) > 35
+
+
+@pytest.mark.skipif(NONE, reason="no device here")
+def test_it_shares_the_points_of_a_step_with_the_cpu(name, capsys, caplog, tmp_path, monkeypatch):
+    """Equal pictures, a division by measured speed, and calls of both at the same time."""
+    if name == "qnn":
+        pytest.skip("wants static graphs")
+    monkeypatch.setenv("EPD_CACHE", str(tmp_path / "cache"))
+    folder = tiny_bundle.bundle(tmp_path / "b", "sd15")
+    spans = {PROVIDERS[one].ort: [] for one in ("cpu", name)}
+    call = Session.__call__
+
+    def timed(session, **given):
+        started = time.perf_counter()
+        answer = call(session, **given)
+        time.sleep(0.02)  # of so small a graph the first call might end before the other begins
+        spans[session.provider].append((started, time.perf_counter()))
+        return answer
+
+    def drawn(provider):
+        options = ["--provider", provider, "--solver", "epd", "-k", "2", "--steps", "3", "--model", str(folder)]
+        status, picture = draw(tmp_path, *options)
+        told = capsys.readouterr()
+        assert status == 0, told.err
+        return picture, json.loads(told.out)
+
+    alone, _ = drawn("cpu")
+    measured, report = drawn(f"{name},cpu")
+    assert report["directions"] == "spread"
+    assert report["provider"]["ran"] == f"{PROVIDERS[name].ort},{PROVIDERS['cpu'].ort}"
+    assert re.search(
+        rf"spread: 2 x 1 points and images: \d on {PROVIDERS[name].ort} \([^)]* s alone\), \d on ", caplog.text
+    )
+    monkeypatch.setattr(Session, "__call__", timed)
+    monkeypatch.setattr(directions, "_speeds", lambda trial, points, profile: (directions.Speed(), directions.Speed()))
+    halved, _ = drawn(f"{name},cpu")
+    assert "1 on CPUExecutionProvider (1 s alone)" in caplog.text
+    assert min(psnr(alone, measured), psnr(alone, halved)) > 35
+    ours, others = (spans[PROVIDERS[one].ort] for one in (name, "cpu"))
+    assert any(max(one[0], other[0]) < min(one[1], other[1]) for one in ours for other in others)
+
+
+@pytest.mark.skipif(NONE, reason="no device here")
+def test_what_is_told_of_a_silent_provider_is_what_its_profile_says(name, tmp_path):
+    """Of WebGPU's own nodes few are recorded; the CPU's all are, by the profile of a run."""
+    if name == "qnn":
+        pytest.skip("wants static graphs")
+    ort = onnxruntime()
+    options = ort.SessionOptions()
+    options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
+    options.add_session_config_entry(RECORD, "1")
+    add_provider(ort, options, PROVIDERS[name], {})
+    path = tiny_bundle.bundle(tmp_path / "b", "sd15") / "text_encoder" / "model.onnx"
+    session = ort.InferenceSession(path, options, enable_fallback=0)
+    session.run(None, {one.name: np.ones((1, tiny_bundle.TOKENS), np.int64) for one in session.get_inputs()})
+    events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    ran = {e["name"].removesuffix("_kernel_time"): e["args"]["provider"] for e in events if e.get("cat") == "Node"}
+    recorded_ones = {node.name for node in recorded(session) if node.provider == PROVIDERS["cpu"].ort}
+    assert {node for node, provider in ran.items() if provider == PROVIDERS["cpu"].ort} <= recorded_ones
 
 
 @pytest.mark.skipif(NONE, reason="no device here")

@@ -197,7 +197,8 @@ def dry_run(planned: plan.Plan, target: Path) -> dict[str, object]:
         )
     if planned.calibrated:
         say(
-            f"{planned.backbone}: exported in fp32 first, then calibrated on drawings, on this CPU: about 18 pictures' time"
+            f"{planned.backbone}: exported in fp32 first, then calibrated on drawings, on this CPU: as long as about "
+            "30 pictures take"
         )
     disk = sum(one["disk_bytes"] for one in predicted.values())
     ram = max(max(one["export_ram_bytes"], one["parity_ram_bytes"]) for one in predicted.values())

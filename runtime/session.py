@@ -10,19 +10,20 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from types import ModuleType, TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import assignment
+from . import amd_session, assignment, vitisai
 from .assignment import Assignment, Fallback
 from .bundle import Bundle
 from .errors import BundleError, NotFiniteError, ProviderError, RequestError
 from .facts import Tensor
 from .ort import add_provider, failures, one_line, onnxruntime
-from .providers import CPU, check_options, provider_of
+from .providers import CPU, check_options
 from .rows import calls_of, cut, in_turn, join, rows_of
 
 Value = TypeVar("Value")
@@ -77,15 +78,15 @@ class Session:
         fallback: Fallback = "limited",
         rows: int | None = None,
     ) -> None:
-        self.bundle, self.component, self.fallback = bundle, component, fallback
+        self.bundle, self.component = bundle, component
         self.path = bundle.graph(component, rows)
-        self._row = provider_of(provider)
+        settled = amd_session.settle(bundle, component, provider, provider_options, fallback)
+        self._row, self._provider_options, self.fallback = settled
         self.provider = self._row.ort
-        check_options(self._row, provider_options or {})
+        check_options(self._row, self._provider_options)
         self.load_seconds = self.run_seconds = 0.0
         self.calls = 0
         self.assignment: Assignment | None = None
-        self._provider_options = dict(provider_options or {})
         self._session_options = session_options
         self._session: Any = None
         counts = bundle.facts.components[component].rows if rows is None else ()
@@ -123,7 +124,7 @@ class Session:
         if self._session is not None:
             return self
         if self._parts:
-            next(iter(self._parts.values())).load()
+            self._first().load()
             self._tally()
             return self
         ort = onnxruntime()
@@ -131,8 +132,13 @@ class Session:
         started = time.perf_counter()
         try:
             shared = self._session_options is not None
-            named = add_provider(ort, options, self._row, self._provider_options, shared=shared)
-            session = ort.InferenceSession(self.path, options, named, enable_fallback=0)  # else the CPU would stand in
+            if self.bundle.facts.target == amd_session.LIGHT.name:
+                given = self._row, self._provider_options, shared
+                session: Any = amd_session.create(ort, self.bundle, self.path, options, *given)
+            else:
+                chosen = vitisai.completed(self._row, self.bundle, self.component, self.path, self._provider_options)
+                named = add_provider(ort, options, self._row, chosen, shared=shared)
+                session = ort.InferenceSession(self.path, options, named, enable_fallback=0)  # else the CPU stands in
         except ProviderError:
             raise
         except failures(ort) as error:
@@ -190,14 +196,14 @@ class Session:
     def inputs(self) -> tuple[Tensor, ...]:
         """What the graph itself declares; loads it. Of several graphs what they share, the row axis named."""
         if self._parts:
-            return self.bundle.facts.components[self.component].inputs
+            return self.bundle.facts.components[self.component].inputs or _any_rows(self._first().inputs)
         return tuple(_tensor(argument) for argument in self._loaded().get_inputs())
 
     @property
     def outputs(self) -> tuple[Tensor, ...]:
         """What the graph itself declares; loads it. Of several graphs what they share, the row axis named."""
         if self._parts:
-            return self.bundle.facts.components[self.component].outputs
+            return self.bundle.facts.components[self.component].outputs or _any_rows(self._first().outputs)
         return tuple(_tensor(argument) for argument in self._loaded().get_outputs())
 
     def __call__(self, *, want: Collection[str] | None = None, **arrays: ArrayLike) -> dict[str, NDArray[Any]]:
@@ -274,6 +280,9 @@ class Session:
         self.run_seconds = sum(part.run_seconds for part in parts)
         self.calls = sum(part.calls for part in parts)
         self.assignment = next((part.assignment for part in parts if part.assignment is not None), None)
+
+    def _first(self) -> Session:
+        return next(iter(self._parts.values()))
 
     def _loaded(self) -> Any:
         self.load()
@@ -354,6 +363,11 @@ def _interruptible(call: Callable[[], Value], stop: Callable[[], None]) -> Value
 
 def _terminate(options: Any) -> None:
     options.terminate = True
+
+
+def _any_rows(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """As declared by one of several graphs of fixed rows that the bundle's facts say nothing of."""
+    return tuple(replace(tensor, shape=("rows", *tensor.shape[1:])) for tensor in tensors)
 
 
 def _tensor(argument: Any) -> Tensor:

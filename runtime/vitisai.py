@@ -105,9 +105,8 @@ def _key(
         raise ProviderError(
             f"{VITISAI.ort}: config_file {config}: {error.strerror}; give a file, or leave it out"
         ) from None
-    size = graph.stat()
     parts = {
-        "bundle": bundle.fingerprint() or [str(graph), size.st_size, size.st_mtime_ns],
+        "bundle": bundle.fingerprint() or [str(graph), graph.stat().st_size, graph.stat().st_mtime_ns],
         "graph": [component, graph.name],
         "options": {name: value for name, value in sorted(options.items()) if name not in ("cache_dir", "config_file")},
         "configuration": mine,

@@ -209,6 +209,10 @@ class Adapted:
         ran: list[str] = self._session.get_providers()
         return ran if self._operators in (None, ran[0]) else [str(self._operators), *ran]
 
+    def get_provider_options(self) -> dict[str, dict[str, str]]:
+        told: dict[str, dict[str, str]] = self._session.get_provider_options()
+        return told
+
     def disable_fallback(self) -> None:
         self._session.disable_fallback()
 

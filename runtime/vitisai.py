@@ -53,8 +53,8 @@ def completed(row: Provider, bundle: Bundle, component: str, graph: Path, chosen
     options = dict(chosen)
     if row is not VITISAI:
         return options
-    here, found = software(), npus()
     floats = bundle.facts.components[component].precision in (*_FLOATS, "unknown")
+    here, found = software(), npus()
     for npu in found[:1]:
         _check(npu, component, floats, options)
         if npu.integers_only:
@@ -62,14 +62,14 @@ def completed(row: Provider, bundle: Bundle, component: str, graph: Path, chosen
             if here.installation and (here.installation / _OVERLAY).is_file():
                 options.setdefault("xclbin", str(here.installation / _OVERLAY))
     try:
-        folder = Path(options.setdefault("cache_dir", str(cache_folder().with_name("vitisai"))))
+        folder = cache_folder() / "vitisai"
     except ValueError as error:
-        log.warning("%s; the compiled graph is kept where Vitis AI pleases", error)
+        log.warning("%s; Vitis AI compiles with its own settings, and keeps what it compiled where it pleases", error)
         return options
-    told = configuration(component) if floats and "config_file" not in options else {}
-    options.setdefault("cache_key", _key(bundle, component, graph, options, told, here, found))
-    if told:
-        options["config_file"] = str(_written(folder / f"{options['cache_key']}.json", told))
+    if floats and "config_file" not in options:
+        options["config_file"] = str(_written(folder, configuration(component)))
+    options.setdefault("cache_dir", str(folder))
+    options.setdefault("cache_key", _key(bundle, component, graph, options, here, found))
     return options
 
 
@@ -89,40 +89,39 @@ def _check(npu: Npu, component: str, floats: bool, options: Mapping[str, str]) -
 
 
 def _key(
-    bundle: Bundle,
-    component: str,
-    graph: Path,
-    options: Mapping[str, str],
-    told: Mapping[str, Any],
-    here: Software,
-    found: list[Npu],
+    bundle: Bundle, component: str, graph: Path, options: Mapping[str, str], here: Software, found: list[Npu]
 ) -> str:
     """Of all that the compiled graph depends on; AMD: it is not to be used under another provider or driver."""
-    config = options.get("config_file")
+    told = {name: value for name, value in sorted(options.items()) if name != "cache_dir"}
     try:
-        mine = hashlib.sha256(Path(config).read_bytes()).hexdigest() if config else told
+        if "config_file" in told:
+            told["config_file"] = hashlib.sha256(Path(told["config_file"]).read_bytes()).hexdigest()
     except OSError as error:
         raise ProviderError(
-            f"{VITISAI.ort}: config_file {config}: {error.strerror}; give a file, or leave it out"
+            f"{VITISAI.ort}: config_file {told['config_file']}: {error.strerror}; give a file, or leave it out"
         ) from None
     parts = {
         "bundle": bundle.fingerprint() or [str(graph), graph.stat().st_size, graph.stat().st_mtime_ns],
         "graph": [component, graph.name],
-        "options": {name: value for name, value in sorted(options.items()) if name not in ("cache_dir", "config_file")},
-        "configuration": mine,
+        "options": told,
         "software": [here.release, onnxruntime().__version__, base_wheels()],
-        "npus": [str(npu) + str(npu.driver) for npu in found],
+        "npus": [f"{npu}, {npu.driver}" for npu in found],
     }
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    return f"{component}-{digest[:16]}"  # short: Windows' paths end at 260 characters
+    return f"{component}-{_digest(parts)}"
 
 
-def _written(file: Path, content: Mapping[str, Any]) -> Path:
+def _written(folder: Path, content: Mapping[str, Any]) -> Path:
     """The file with this content, for it is named after it."""
+    file = folder / f"config-{_digest(content)}.json"
     if not file.is_file():
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             write_whole(file, (json.dumps(content, indent=1) + "\n").encode())
         except OSError as error:
             raise ProviderError(f"{file}: {error.strerror}; set EPD_CACHE to a folder that can be written") from None
     return file
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """Short, for Windows' paths end at 260 characters."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

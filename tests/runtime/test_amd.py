@@ -313,7 +313,9 @@ def test_what_does_not_fit_is_refused(theirs, ours, tmp_path, capsys):
     short = tmp_path / "short"
     shutil.copytree(theirs, short)
     (short / "normal" / "transformer" / "dynamic").rename(short / "normal" / "transformer" / "dynamic_77")
-    with pytest.raises(RequestError, match=r"encoder_hidden_states must be float16 \[rows, 160, 72\]; got .*154"):
+    with pytest.raises(
+        RequestError, match=r"text_encoder_3: input input_ids must be int64 \[rows, 83\]; got int64 \[2, 77\]"
+    ):
         Pipeline.from_pretrained(short)("x", num_inference_steps=1)
 
 
@@ -385,7 +387,7 @@ def test_up_to_1_7_a_library_of_operators_within_the_cpu_provider(theirs, instal
     monkeypatch.setattr(amd_session, "_told", lambda graph: entries.append(told(graph)) or entries[-1])
     monkeypatch.setattr(amd_session, "_DOMAINS", ())  # all operators are
     result = drawn(theirs, provider)
-    assert np.array_equal(result.images, drawn(theirs, "cpu").images)
+    assert np.abs(result.images - drawn(theirs, "cpu").images).max() < 1e-3
     assert result.report.provider["ran"] == "RyzenAILightExecutionProvider"
     assert set(result.report.provider["nodes"]) == {"RyzenAILightExecutionProvider", "CPUExecutionProvider"}  # CLIP, T5
     places = [theirs / "common" / "vae_decoder" / "dynamic", theirs / "normal" / "transformer" / "dynamic"]
@@ -406,7 +408,7 @@ def test_from_1_8_on_a_plugin_provider(theirs, installation, monkeypatch, tmp_pa
     data.write_bytes(b"weights")
     pipe = Pipeline.from_pretrained(folder, provider="vitisai", provider_options={"fusion_opt_stack_size": "60"})
     result = pipe(PROMPT, num_inference_steps=1, seed=3, output_type="np", height=HEIGHT, width=WIDTH)
-    assert np.array_equal(result.images, drawn(theirs, "cpu").images)
+    assert np.abs(result.images - drawn(theirs, "cpu").images).max() < 1e-3
     assert [name for name, _ in given] == ["ryzenai", "ryzenai"]
     told = given[1][1]
     assert told["dd_cache"] == (graph.parent / "cache").as_posix()

@@ -113,9 +113,8 @@ def test_the_configuration_of_a_float_graph(bundle, tmp_path):
     assert layouts == {"transformer": "unvectorized", "unet": "vectorized", "vae_decoder": "vectorized"}
     assert configuration("text_encoder_2")["passes"][1]["vaiml_config"]["preferred_data_storage"] == "unvectorized"
     assert all(one["optimize_level"] in (1, 2, 3) for one in settings.values())
-    assert Path(told["cache_dir"]) == tmp_path / "cache" / "vitisai"
-    assert Path(told["config_file"]).parent == Path(told["cache_dir"])
-    assert [file.name for file in Path(told["cache_dir"]).iterdir()] == [f"{told['cache_key']}.json"]
+    assert Path(told["cache_dir"]) == tmp_path / "cache" / "tables" / "vitisai"
+    assert list(Path(told["cache_dir"]).iterdir()) == [Path(told["config_file"])]
     assert filled(bundle) == told
 
 
@@ -170,10 +169,15 @@ def test_each_generation_has_its_options(bundle, monkeypatch, tmp_path):
         filled(bundle, target="X2")
 
 
-def test_a_cache_that_cannot_be_written_is_told(bundle, tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
+def test_a_cache_that_cannot_be_written_is_told(bundle, tmp_path, monkeypatch, caplog):
+    (tmp_path / "cache").touch()
     with pytest.raises(ProviderError, match="set EPD_CACHE to a folder that can be written"):
-        filled(bundle, cache_dir=str(tmp_path / "file" / "in"))
+        filled(bundle)
+    monkeypatch.delenv("EPD_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError))
+    assert filled(bundle, log_level="info") == {"log_level": "info"}
+    assert "Vitis AI compiles with its own settings" in caplog.text
 
 
 @pytest.mark.parametrize(

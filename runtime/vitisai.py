@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ _LAYOUTS = {"transformer": "unvectorized", "unet": "vectorized", "vae_decoder": 
 _LEVEL = 2  # 1 is Vitis AI's own; others measured it several times slower than 2 and 3, and 3 twice as long to compile
 _OVERLAY = "voe-4.0-win_amd64/xclbins/phoenix/4x4.xclbin"  # of an installation
 _FLOATS = ("fp32", "fp16", "fp16-weights", "bf16")
+_REPORT = ("XLNX_ONNX_EP_REPORT_FILE", "vitisai_ep_report.json")  # has Vitis AI write into the cache where nodes run
 log = logging.getLogger(__name__)
 
 
@@ -69,6 +71,7 @@ def completed(row: Provider, bundle: Bundle, component: str, graph: Path, chosen
     if floats and "config_file" not in options:
         options["config_file"] = str(_written(folder, configuration(component)))
     options.setdefault("cache_dir", str(folder))
+    os.environ.setdefault(*_REPORT)
     options.setdefault("cache_key", _key(bundle, component, graph, options, here, found))
     return options
 

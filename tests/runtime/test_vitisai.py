@@ -42,6 +42,7 @@ def bundle(bundles) -> Bundle:
 def _machine(monkeypatch, tmp_path):
     """A machine with a Strix and Ryzen AI 1.8.0, whose cache is empty."""
     monkeypatch.setenv("EPD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("XLNX_ONNX_EP_REPORT_FILE", "report.json")  # so that it is not set for the tests to come
     monkeypatch.setattr(vitisai, "npus", lambda: [STRIX])
     monkeypatch.setattr(vitisai, "software", lambda: Software(tmp_path, None, (1, 8, 0), None))
 

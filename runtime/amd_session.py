@@ -86,32 +86,31 @@ def create(
     Raises
     ------
     ProviderError
-        No Ryzen AI installation, another release than the folder's, a library that is missing or does not load, or
-        nothing of the graph on the NPU.
+        No Ryzen AI installation, another release than the folder's, an NPU too old, a library that is missing or does
+        not load, nothing of the graph on the NPU; or AMD's operators on the CPU.
     BundleError
         A piece of the folder is missing.
     RuntimeError, ValueError, or onnxruntime's own
         The graph does not load.
     """
     if row is CPU:
-        return Adapted(ort.InferenceSession(graph, options, [CPU.ort], enable_fallback=0), graph, bundle, None)
+        return Adapted(_on_cpu(ort, graph, options), graph, bundle, None)
     if shared:
         raise ProviderError(
             "session_options cannot be given for AMD's prebuilt graphs, each has its own; leave them out"
         )
     here = ryzenai.software()
-    _check_release(bundle.folder, here)
+    _check_machine(bundle.folder, here)
     told = _told(graph) | dict(chosen)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    if here.version is not None and here.version[:2] < _PLUGIN:
-        library = _library(here)
-        for name, value in told.items():
-            options.add_session_config_entry(name, value)
-        names: list[str] | None = [CPU.ort]
-    else:
+    names: list[str] | None = None
+    if _by_plugin(here):
         add_provider(ort, options, LIGHT, told)
         library = Path(library_of(LIGHT) or "")
-        names = None
+    else:
+        library, names = _operators(here), [CPU.ort]
+        for name, value in told.items():
+            options.add_session_config_entry(name, value)
     try:
         options.register_custom_ops_library(str(library))  # the last thing, after all its settings
     except failures(ort) as error:
@@ -131,14 +130,28 @@ def _told(graph: Path) -> dict[str, str]:
     return told
 
 
-def _check_release(folder: Path, here: ryzenai.Software) -> None:
-    if here.installation is None:
+def _on_cpu(ort: ModuleType, graph: Path, options: Any) -> Any:
+    try:
+        return ort.InferenceSession(graph, options, [CPU.ort], enable_fallback=0)
+    except failures(ort) as error:
+        if "not a registered function/op" not in str(error):
+            raise
+        raise ProviderError(
+            f"{graph}: has operators of AMD's own ({one_line(error)}); give --provider vitisai"
+        ) from None
+
+
+def _check_machine(folder: Path, here: ryzenai.Software) -> None:
+    wanted = amd.made_for(folder)
+    for npu in ryzenai.npus()[:1]:
+        if npu.integers_only:
+            raise ProviderError(f"{folder}: AMD's prebuilt graphs need a Strix or newer, here is {npu}; take a bundle")
+    if here.installation is None and library_of(LIGHT) is None:
         raise ProviderError(
             f"{folder}: AMD's prebuilt graphs need its Ryzen AI software, and {ryzenai.INSTALLATION} names no folder; "
             f"{LIGHT.remedy}"
         )
-    wanted = amd.made_for(folder)
-    if here.version is not None and here.version[:2] < _OLDEST:
+    if here.version and here.version[:2] < _OLDEST:
         raise ProviderError(
             f"{here.installation}: Ryzen AI {here.release} has no Stable Diffusion 3; install 1.8 or newer"
         )
@@ -149,8 +162,13 @@ def _check_release(folder: Path, here: ryzenai.Software) -> None:
         )
 
 
-def _library(here: ryzenai.Software) -> Path:
-    """AMD's operators of releases before 1.8, loaded."""
+def _by_plugin(here: ryzenai.Software) -> bool:
+    """Whether this release wants the plugin provider; of one that cannot be told, whether it has no other."""
+    return here.version[:2] >= _PLUGIN if here.version else ryzenai.operator_library(here) is None
+
+
+def _operators(here: ryzenai.Software) -> Path:
+    """The library of AMD's operators of releases before 1.8, loaded."""
     library = ryzenai.operator_library(here)
     if library is None:
         raise ProviderError(

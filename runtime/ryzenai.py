@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import platform
 import re
@@ -182,6 +183,7 @@ def _file_of(here: Software, names: Mapping[str, str]) -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
+@functools.cache
 def load_beside(library: Path, here: Software) -> None:
     """Loads a library of AMD's with those that lie beside it; OSError if that cannot be."""
     if here.installation:

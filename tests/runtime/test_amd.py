@@ -453,6 +453,24 @@ def test_what_stands_in_the_way_is_one_line(theirs, installation, tmp_path, caps
     assert re.search(words, told), told
 
 
+def test_amds_operators_want_its_provider(theirs, tmp_path):
+    folder = tmp_path / "folder"
+    shutil.copytree(theirs, folder)
+    file = Bundle.open(folder).graph("vae_decoder")
+    model = onnx.load(file)
+    model.graph.node[0].op_type, model.graph.node[0].domain = "DynamicDispatch", "com.ryzenai"
+    model.opset_import.append(helper.make_opsetid("com.ryzenai", 1))
+    onnx.save(model, file)
+    with pytest.raises(ProviderError, match=r"has operators of AMD's own \(.*com.ryzenai.*\); give --provider vitisai"):
+        Session(Bundle.open(folder), "vae_decoder").load()
+
+
+def test_other_machines_are_refused(theirs, monkeypatch):
+    monkeypatch.setattr(ryzenai, "npus", lambda: [ryzenai.Npu("1502", "00", None)])
+    with pytest.raises(ProviderError, match="need a Strix or newer, here is AMD Phoenix or Hawk Point"):
+        drawn(theirs, "vitisai")
+
+
 def test_other_providers_and_a_missing_installation_are_refused(theirs, monkeypatch):
     monkeypatch.delenv("RYZEN_AI_INSTALLATION_PATH", raising=False)
     with pytest.raises(ProviderError, match="AMD's prebuilt graphs run on its NPU alone; give --provider vitisai"):

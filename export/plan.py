@@ -16,7 +16,7 @@ from . import ExportError
 from .checkpoint import Checkpoint, read_config
 from .targets import backbone_rows, choose, component_rows, precision
 
-OPSETS = (18, 20, 21, 23)
+OPSETS = (17, 18, 20, 21, 23)
 TRIAL = (16, 24)  # latent height and width that parity is tried at, where the picture is larger
 
 

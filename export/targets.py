@@ -46,7 +46,7 @@ TARGETS = {
     "cuda": Target((23, 18, 20, 21), ("fp16", "fp32"), "any"),
     "directml": Target((20, 18, 21), ("fp16", "fp32"), "any", denied=_ATTENTION),  # reads up to opset 21
     "webgpu": Target((20, 18, 21), ("fp32", "fp16"), "any", denied=_ATTENTION),  # fp16 needs shader-f16
-    "vitisai": _npu((18, 20, 21), ("fp32",), "calls"),  # compiles fp32 graphs to bf16
+    "vitisai": _npu((17, 18, 20, 21), ("fp32",), "calls"),  # compiles fp32 graphs to bf16; AMD advises 17
     "qnn": _npu((20, 18, 21), ("fp16", "fp32"), "batch"),
     "openvino": _npu((20, 18, 21), ("fp32", "fp16"), "batch"),  # static for its NPU
     "coreml": _npu((18, 20, 21), ("fp16", "fp32"), "batch"),

@@ -59,10 +59,9 @@ def describe(root: Path, asked: Path) -> Facts:
     net = _config(root / NORMAL / "transformer", _TRANSFORMER)
     vae = _config(root / COMMON / "vae_decoder", _VAE)
     graphs = {"transformer": (f"{NORMAL}/transformer/{room}/{_DD}", (ROWS,))} | _others(root, room, side)
-    tokenizers = (_config(root / COMMON / name, {}, "tokenizer_config.json") for name in ("tokenizer", "tokenizer_2"))
-    clip = min(_CLIP_TOKENS, *(one.get("model_max_length", _CLIP_TOKENS) for one in tokenizers))
     t5 = re.search(r"_(\d+)$", room)
     try:
+        clip = _clip_tokens(root)
         facts = Facts(
             family="sd3",
             name=root.resolve().name,
@@ -140,6 +139,11 @@ def _room(root: Path, asked: Path) -> str:
     if below[2] not in have:
         raise BundleError(f"{asked}: no {_DD} in it; choose from {', '.join(have)}")
     return below[2]
+
+
+def _clip_tokens(root: Path) -> int:
+    tokenizers = (_config(root / COMMON / name, {}, "tokenizer_config.json") for name in ("tokenizer", "tokenizer_2"))
+    return min(_CLIP_TOKENS, *(one.get("model_max_length", _CLIP_TOKENS) for one in tokenizers))
 
 
 def _others(root: Path, room: str, side: int | None) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -38,7 +38,7 @@ class Device:
     provider: str
     why: str | None
     install: str
-    hardware: tuple[str, ...]  # kind and vendor of each device that onnxruntime tells of
+    hardware: tuple[str, ...]  # kind and vendor of each device that onnxruntime tells of, else the NPUs that are here
     rows: str
     opset: int | None
     precisions: tuple[str, ...]
@@ -114,7 +114,7 @@ def _probe(ort: ModuleType, row: Provider) -> Device:
         hardware = _hardware(ort, row)
         _start(ort, row)
     except ProviderError as error:
-        return _told(row, str(error))
+        return _told(row, str(error), _npus(row))
     return _told(row, None, hardware)
 
 
@@ -122,7 +122,12 @@ def _hardware(ort: ModuleType, row: Provider) -> tuple[str, ...]:
     found = require(ort, row) or (ort.get_ep_devices() if hasattr(ort, "get_ep_devices") else ())
     ours = [one for one in found if one.ep_name.lower() == row.ort.lower()]
     told = tuple(f"{one.device.type.name} {one.device.vendor or hex(one.device.vendor_id)}" for one in ours)
-    return told or tuple(map(str, ryzenai.npus() if row.name in ("vitisai", "ryzenai") else ()))
+    return told or _npus(row)
+
+
+def _npus(row: Provider) -> tuple[str, ...]:
+    """AMD's NPUs, of its own providers: what is here, also where the provider is not."""
+    return tuple(str(npu) for npu in ryzenai.npus()) if row.name in ("vitisai", "ryzenai") else ()
 
 
 def _start(ort: ModuleType, row: Provider) -> None:

@@ -37,7 +37,8 @@ Clock = Callable[[], float]  # seconds, of any origin
 
 RUNS = 5  # timed, of everything that is measured; the first one more does not count
 _CLOSE = 1.03  # a way of less is taken if it costs at most so much more
-_ONE_AT_A_TIME = ("DmlExecutionProvider",)  # no concurrent calls on one session: its own documentation
+# No concurrent calls on one session: DirectML's documentation says so, AMD's own server keeps to it.
+_ONE_AT_A_TIME = ("DmlExecutionProvider", "RyzenAILightExecutionProvider")
 _WHY_NOT = {
     "batch": "this graph takes one timestep for all rows, so its points cannot be one batch",
     "async": "this provider allows one call at a time on a session",

@@ -281,7 +281,7 @@ _ROWS = (
             "enable_cache_file_io_in_mem": Option("switch", ("0", "1"), "0"),  # else nothing is kept in cache_dir
         }
         | _bools("ai_analyzer_visualization", "ai_analyzer_profiling", "xlnx_enable_py3_round"),
-        opset=18,  # 17 is advised
+        opset=17,
         cache="cache_dir",
         catalogue=True,
         remedy="install AMD's Ryzen AI software and use its environment, or on Windows 11: "

@@ -336,6 +336,24 @@ def test_of_several_sizes_one_is_named(theirs, tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("common/vae_decoder/config.json", {"block_out_channels": 4}, "a configuration holds another kind of value"),
+        ("common/tokenizer/tokenizer_config.json", {"model_max_length": "77"}, "another kind of value"),
+        ("normal/transformer/config.json", {"in_channels": 0}, "latent.channels is 0, out of its range"),
+        ("normal/transformer/config.json", {"patch_size": "2"}, "patch"),
+    ],
+)
+def test_a_damaged_configuration_is_one_line(theirs, tmp_path, file, content, words):
+    folder = tmp_path / "damaged"
+    shutil.copytree(theirs, folder)
+    (folder / file).write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(BundleError, match=words) as told:
+        Bundle.open(folder)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
     ("missing", "words"),
     [
         ("normal/transformer/dynamic/dd/replaced.onnx", r"no \*/dd/replaced.onnx in it; AMD's folder is not whole"),

@@ -143,7 +143,8 @@ def _room(root: Path, asked: Path) -> str:
 
 def _clip_tokens(root: Path) -> int:
     tokenizers = (_config(root / COMMON / name, {}, "tokenizer_config.json") for name in ("tokenizer", "tokenizer_2"))
-    return min(_CLIP_TOKENS, *(one.get("model_max_length", _CLIP_TOKENS) for one in tokenizers))
+    limits: list[int] = [one.get("model_max_length", _CLIP_TOKENS) for one in tokenizers]
+    return min(_CLIP_TOKENS, *limits)
 
 
 def _others(root: Path, room: str, side: int | None) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import sys
 from collections.abc import Iterable, Mapping
@@ -225,6 +226,8 @@ def _registered(ort: ModuleType, name: str, library: str) -> tuple[Any, ...]:
         return _plugged[name]
     if not hasattr(ort, "register_execution_provider_library"):
         raise ProviderError(f"this onnxruntime {ort.__version__} takes no plugin providers; pip install -U onnxruntime")
+    if sys.platform == "win32":
+        _kept.append(os.add_dll_directory(str(Path(library).parent)))  # for the libraries that lie beside it
     try:
         ort.register_execution_provider_library(name, library)
     except failures(ort) as error:

@@ -14,9 +14,7 @@ from onnx import defs
 from . import ExportError
 
 FROM, TO = 18, 17
-_SAME = {  # operator -> attributes of 18 that go, with the value at which 17 does the same
-    "Resize": {"antialias": 0, "keep_aspect_ratio_policy": "stretch"},
-}
+_RESIZE = {"antialias": 0, "keep_aspect_ratio_policy": "stretch"}  # attributes of 18: what 17 does without them
 
 
 def lower(model: ir.Model) -> None:
@@ -24,27 +22,42 @@ def lower(model: ir.Model) -> None:
 
     1. Split into `num_outputs` parts: 17 makes equal parts without it. Refused: parts that are not equal.
     2. Resize: attributes that 17 has not, where they say what 17 does.
-    3. Any other operator that opset 18 changed: refused.
+    3. ReduceMean and its like: axes, an input, become an attribute. Refused: axes that are computed, or none.
+    4. Any other operator that opset 18 changed: refused.
     """
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
-        if node.domain == "" and defs.get_schema(node.op_type, FROM).since_version == FROM:
-            _lower(node)
+        changed = node.domain == "" and defs.get_schema(node.op_type, FROM).since_version == FROM
+        if changed and not (_split(node) or _resize(node) or _reduce(node)):
+            raise ExportError(f"{node.op_type} {node.name}: opset {TO} has it not so; give --opset {FROM}")
     model.opset_imports[""] = TO
 
 
-def _lower(node: ir.Node) -> None:
-    known = _SAME.get(node.op_type, {})
-    if node.op_type == "Split" and len(node.inputs) == 1 and _equal(node):
-        del node.attributes["num_outputs"]
-    elif (
-        known
-        and all(_value(node, name) in (None, same) for name, same in known.items())
-        and "axes" not in node.attributes
-    ):
-        for name in known:
-            node.attributes.pop(name, None)
-    else:
-        raise ExportError(f"{node.op_type} {node.name}: opset {TO} has it not so; give --opset {FROM}")
+def _split(node: ir.Node) -> bool:
+    """Whether it was a Split that could be lowered, and is."""
+    if node.op_type != "Split" or len(node.inputs) != 1 or not _equal(node):
+        return False
+    del node.attributes["num_outputs"]
+    return True
+
+
+def _resize(node: ir.Node) -> bool:
+    if node.op_type != "Resize" or "axes" in node.attributes:
+        return False
+    if any(_value(node, name) not in (None, same) for name, same in _RESIZE.items()):
+        return False
+    for name in _RESIZE:
+        node.attributes.pop(name, None)
+    return True
+
+
+def _reduce(node: ir.Node) -> bool:
+    axes = ir.convenience.get_const_tensor(node.inputs[1]) if len(node.inputs) == 2 and node.inputs[1] else None
+    if not node.op_type.startswith("Reduce") or axes is None or not axes.size:
+        return False
+    node.attributes["axes"] = ir.AttrInt64s("axes", axes.numpy().tolist())
+    node.attributes.pop("noop_with_empty_axes", None)
+    node.resize_inputs(1)
+    return True
 
 
 def _equal(node: ir.Node) -> bool:

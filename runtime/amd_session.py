@@ -42,10 +42,10 @@ class Settled(NamedTuple):
 def settle(
     bundle: Bundle, component: str, provider: str, options: Mapping[str, str] | None, fallback: Fallback
 ) -> Settled:
-    """The provider of a component where `provider` is asked for, and what is for it: of AMD's folder its NPU graphs on
-    AMD's plugin provider, which `vitisai` stands for, too, and its plain graphs on the CPU.
+    """What a component is opened with, where `provider` is asked for.
 
-    How much of an NPU graph may be left to the CPU, AMD has decided: it is told, and refused only if `never`, or if
+    Of AMD's folder its NPU graphs run on AMD's plugin provider, which `vitisai` stands for, too, and its plain graphs
+    on the CPU. How much of an NPU graph may be left to the CPU, AMD has decided: it is told, and refused only if `never`, or if
     nothing is on the NPU.
 
     Raises
@@ -104,7 +104,8 @@ def create(
     told = _told(graph) | dict(chosen)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     names: list[str] | None = None
-    if _by_plugin(here):
+    operators = None if _by_plugin(here) else LIGHT.ort
+    if operators is None:
         add_provider(ort, options, LIGHT, told)
         library = Path(library_of(LIGHT) or "")
     else:
@@ -118,7 +119,7 @@ def create(
             f"{library}: AMD's operators do not load ({one_line(error)}); install Ryzen AI again"
         ) from None
     session = ort.InferenceSession(graph, options, names, enable_fallback=0)
-    return Adapted(session, graph, bundle, LIGHT.ort).checked()
+    return Adapted(session, graph, bundle, operators).checked()
 
 
 def _told(graph: Path) -> dict[str, str]:
@@ -194,7 +195,10 @@ class Argument:
 
 
 class Adapted:
-    """An onnxruntime session of one of AMD's graphs, with the names of our exports; its ControlNet inputs get zeros."""
+    """An onnxruntime session of one of AMD's graphs, with the names of our exports; its ControlNet inputs get zeros.
+
+    `operators`: the provider that nodes of AMD's operators are told to be on, where they are a library of the CPU's.
+    """
 
     def __init__(self, session: Any, graph: Path, bundle: Bundle, operators: str | None) -> None:
         self._session, self._graph, self._operators = session, graph, operators
@@ -235,7 +239,7 @@ class Adapted:
         self._session.disable_fallback()
 
     def get_provider_graph_assignment_info(self) -> list[Any]:
-        """Of every node its provider; AMD's operators count as on its plugin provider. Empty where none can be told."""
+        """Of every node its provider; empty where none can be told."""
         if not hasattr(self._session, assignment.TELL):
             return []
         parts = self._session.get_provider_graph_assignment_info()

@@ -50,7 +50,7 @@ AXES = {"axes": np.array([1], np.int64)}
 )
 def test_the_same_numbers_at_17(nodes, size, weights):
     model = graph(nodes, size, weights)
-    with pytest.raises(onnx.checker.ValidationError, match="Unrecognized attribute|has input size 2"):
+    with pytest.raises(onnx.checker.ValidationError, match=r"Unrecognized attribute|has input size 2"):
         onnx.checker.check_model(graph(nodes, size, weights, opset=17))  # what torch writes, where 17 is asked of it
     found = lowered(model)
     onnx.checker.check_model(found, full_check=True)

@@ -18,7 +18,7 @@ import pytest
 import tiny_bundle
 from onnx import TensorProto, helper, numpy_helper
 
-from runtime import amd_session, ryzenai
+from runtime import amd, amd_session, ryzenai
 from runtime.__main__ import main
 from runtime.bundle import Bundle
 from runtime.errors import BundleError, ProviderError, RequestError
@@ -390,6 +390,19 @@ def installation(tmp_path, monkeypatch):
     return make
 
 
+class OnPlugin(amd_session.Adapted):
+    """As if AMD's plugin ran all of a graph for the NPU."""
+
+    def get_providers(self):
+        return [amd_session.LIGHT.ort] if amd.is_compiled(self._graph) else super().get_providers()
+
+    def get_provider_graph_assignment_info(self):
+        parts = super().get_provider_graph_assignment_info()
+        if not amd.is_compiled(self._graph):
+            return parts
+        return [part._replace(ep_name=amd_session.LIGHT.ort) for part in parts]
+
+
 def drawn(folder: Path, provider: str):
     pipe = Pipeline.from_pretrained(folder, provider=provider)
     return pipe(PROMPT, num_inference_steps=1, seed=3, output_type="np", height=HEIGHT, width=WIDTH)
@@ -418,7 +431,10 @@ def test_from_1_8_on_a_plugin_provider(theirs, installation, monkeypatch, tmp_pa
         drawn(theirs, "vitisai")  # for it is none
     given = []
     monkeypatch.setattr(amd_session, "add_provider", lambda ort, options, row, told: given.append((row.name, told)))
-    monkeypatch.setattr(amd_session, "_DOMAINS", ())
+    with pytest.raises(ProviderError, match="none of its nodes would run on the NPU"):
+        drawn(theirs, "vitisai")
+    given.clear()
+    monkeypatch.setattr(amd_session, "Adapted", OnPlugin)
     folder = tmp_path / "folder"
     shutil.copytree(theirs, folder)
     graph = folder / "normal" / "transformer" / "dynamic" / "dd" / "replaced.onnx"

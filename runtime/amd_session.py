@@ -45,8 +45,8 @@ def settle(
     """What a component is opened with, where `provider` is asked for.
 
     Of AMD's folder its NPU graphs run on AMD's plugin provider, which `vitisai` stands for, too, and its plain graphs
-    on the CPU. How much of an NPU graph may be left to the CPU, AMD has decided: it is told, and refused only if `never`, or if
-    nothing is on the NPU.
+    on the CPU. How much of an NPU graph may be left to the CPU, AMD has decided: it is told, and refused only if
+    `never`, or if nothing is on the NPU.
 
     Raises
     ------

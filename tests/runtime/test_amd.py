@@ -427,6 +427,7 @@ def test_up_to_1_7_a_library_of_operators_within_the_cpu_provider(theirs, instal
 
 def test_from_1_8_on_a_plugin_provider(theirs, installation, monkeypatch, tmp_path):
     library = installation("1.8.0", "libonnxruntime_providers_ryzenai.so")
+    reference = drawn(theirs, "cpu").images
     with pytest.raises(ProviderError, match=r"RyzenAILightExecutionProvider: its library .* does not load"):
         drawn(theirs, "vitisai")  # for it is none
     given = []
@@ -442,7 +443,7 @@ def test_from_1_8_on_a_plugin_provider(theirs, installation, monkeypatch, tmp_pa
     data.write_bytes(b"weights")
     pipe = Pipeline.from_pretrained(folder, provider="vitisai", provider_options={"fusion_opt_stack_size": "60"})
     result = pipe(PROMPT, num_inference_steps=1, seed=3, output_type="np", height=HEIGHT, width=WIDTH)
-    assert np.abs(result.images - drawn(theirs, "cpu").images).max() < 1e-3
+    assert np.abs(result.images - reference).max() < 1e-3
     assert [name for name, _ in given] == ["ryzenai", "ryzenai"]
     told = given[1][1]
     assert told["dd_cache"] == (graph.parent / "cache").as_posix()

@@ -17,6 +17,8 @@ from torch import nn
 
 from runtime.facts import Tensor
 
+from .opset import FROM, lower
+
 DATA = "model.onnx_data"  # the external data file, beside the graph
 INLINE = 1024  # bytes: smaller tensors stay in the graph
 
@@ -36,12 +38,14 @@ def trace(
         input_names=[tensor.name for tensor in inputs],
         output_names=[tensor.name for tensor in outputs],
         dynamic_shapes=(shapes,) if axes else None,
-        opset_version=opset,
+        opset_version=max(opset, FROM),
         dynamo=True,
         verbose=False,
     )
     assert program is not None
     _forget_origin(program.model)
+    if opset < FROM:
+        lower(program.model)
     return program.model
 
 

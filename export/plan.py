@@ -16,7 +16,7 @@ from . import ExportError
 from .checkpoint import Checkpoint, read_config
 from .targets import CALIBRATED, backbone_rows, choose, component_rows, precision
 
-OPSETS = (18, 20, 21, 23)
+OPSETS = (17, 18, 20, 21, 23)
 PICTURES, PICTURE_STEPS = 2, 6  # compared with those at fp32, unless told otherwise; a table has steps of its own
 _BYTES = {"fp32": 4.0, "int8": 1.0, "w8a16": 1.0, "int8-weights": 1.1, "int4-weights": 0.7}  # a weight; others 2
 TRIAL = (16, 24)  # latent height and width that parity is tried at, where the picture is larger

@@ -49,7 +49,7 @@ TARGETS = {
     "cuda": Target((23, 18, 20, 21), ("fp16", "fp32", "bf16", *_BITS), "any"),
     "directml": Target((18,), ("fp16", "fp32", "int4-weights"), "any"),  # no Gelu, which our graphs have from 20 on
     "webgpu": Target((20, 18, 21), ("fp32", "fp16", *_BITS), "any"),  # fp16 needs shader-f16
-    "vitisai": _npu((18, 20), ("fp32", "int8", "w8a16"), "calls"),  # compiles fp32 graphs to bf16
+    "vitisai": _npu((17, 18, 20), ("fp32", "int8", "w8a16"), "calls"),  # fp32 is compiled to bf16; AMD advises 17
     "qnn": _npu((20, 18, 21), ("fp16", "fp32", "int8", "w8a16"), "batch"),
     "openvino": _npu((20, 18, 21), ("fp32", "fp16", "int8"), "batch"),  # static for its NPU
     "coreml": _npu((18, 20, 21), ("fp16", "fp32"), "batch"),

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import epd
 
+from . import amd
 from .errors import BundleError
 from .facts import (
     BACKBONE,
@@ -56,10 +57,11 @@ class Bundle:
     folder: Path
     facts: Facts
     foreign: bool = False
+    common: str = ""  # folder in it that has the tokenizers
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Bundle:
-        """Reads a bundle, or a folder that Optimum exported, and checks the size of every file that is recorded.
+        """Reads a bundle, or a folder of Optimum's or AMD's, and checks the size of every file that is recorded.
 
         Their content is compared by `verify`. Of a folder without bundle.json nothing is recorded.
 
@@ -71,6 +73,8 @@ class Bundle:
         folder = Path(folder)
         if not folder.is_dir():
             raise BundleError(f"{folder}: no such folder; give a bundle made by `python -m export MODEL -o DIR`")
+        if not (folder / FILE).exists() and (root := amd.root_of(folder)):
+            return cls(root, amd.describe(root, folder), foreign=True, common=amd.COMMON)
         if not (folder / FILE).exists():
             return cls(folder, _foreign_facts(folder), foreign=True)
         bundle = cls(folder, read_facts(folder / FILE))
@@ -104,6 +108,10 @@ class Bundle:
         part = self.facts.components[component]
         return self.folder / (part.graph if rows is None else part.graph_of(rows))
 
+    def tokenizer(self, suffix: str) -> Path:
+        """Folder of the tokenizer of a text encoder: "", "_2" or "_3"."""
+        return self.folder / self.common / f"tokenizer{suffix}"
+
     def require(self, *components: str) -> None:
         """Raises BundleError for the first of `components` that is missing."""
         for component in components:
@@ -111,7 +119,8 @@ class Bundle:
 
     def sample_size(self) -> tuple[int | None, int | None]:
         """Height and width in pixels that the backbone's configuration names, which diffusers draws by default."""
-        size = _config(self.folder, f"{self.backbone}/config.json").get("sample_size")
+        places = (f"{self.backbone}/config.json", f"{amd.NORMAL}/{self.backbone}/config.json")
+        size = _config(self.folder, *places).get("sample_size")
         sides = size if isinstance(size, list) else [size, size]
         if len(sides) != 2 or not all(side is None or whole(side) for side in sides):
             raise BundleError(f"{self.folder}: {self.backbone}/config.json: sample_size is {size!r:.60}; give pixels")

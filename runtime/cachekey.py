@@ -22,6 +22,7 @@ from typing import Any
 from .bundle import Bundle, sha256
 from .ort import installed, require, settled
 from .providers import Provider
+from .ryzenai import software
 
 Key = Mapping[str, Any]  # as JSON gives it back
 _MODULES = {  # the kernel's part of the driver
@@ -95,6 +96,7 @@ def environment(ort: ModuleType, row: Provider) -> dict[str, Any]:
     return {
         "onnxruntime": ort.__version__,
         "packages": installed([*(plugin.package for plugin in row.plugins), *_wheels(row)]),
+        "software": software().release if row.name == "vitisai" else None,
         "driver": drivers(row),
         "devices": told,
     }

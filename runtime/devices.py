@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+from . import ryzenai
 from .errors import ProviderError
 from .ort import NEWEST, OLDEST, add_provider, base_wheels, driver, failures, installed, one_line, onnxruntime, require
 from .providers import CPU, PROVIDERS, SYSTEMS, Provider
@@ -26,7 +27,6 @@ _ADD = bytes.fromhex(
     "08083a3d0a0e0a01780a017812017922034164641201675a130a0178120e0a0c"
     "080112080a0208010a02080462130a0179120e0a0c080112080a0208010a02080442040a001011"
 )
-_AMD_NPUS = {"0x1502": "Phoenix or Hawk Point", "0x17f0": "Strix or Krackan"}  # PCI device ids, vendor 0x1022
 _GB = 1e9
 
 
@@ -38,7 +38,7 @@ class Device:
     provider: str
     why: str | None
     install: str
-    hardware: tuple[str, ...]  # kind and vendor of each device that onnxruntime tells of
+    hardware: tuple[str, ...]  # kind and vendor of each device that onnxruntime tells of, else the NPUs that are here
     rows: str
     opset: int | None
     precisions: tuple[str, ...]
@@ -114,21 +114,27 @@ def _probe(ort: ModuleType, row: Provider) -> Device:
         hardware = _hardware(ort, row)
         _start(ort, row)
     except ProviderError as error:
-        return _told(row, str(error))
+        return _told(row, str(error), _npus(row))
     return _told(row, None, hardware)
 
 
 def _hardware(ort: ModuleType, row: Provider) -> tuple[str, ...]:
     found = require(ort, row) or (ort.get_ep_devices() if hasattr(ort, "get_ep_devices") else ())
     ours = [one for one in found if one.ep_name.lower() == row.ort.lower()]
-    return tuple(f"{one.device.type.name} {one.device.vendor or hex(one.device.vendor_id)}" for one in ours)
+    told = tuple(f"{one.device.type.name} {one.device.vendor or hex(one.device.vendor_id)}" for one in ours)
+    return told or _npus(row)
+
+
+def _npus(row: Provider) -> tuple[str, ...]:
+    """AMD's NPUs, of its own providers: what is here, also where the provider is not."""
+    return tuple(str(npu) for npu in ryzenai.npus()) if row.name in ("vitisai", "ryzenai") else ()
 
 
 def _start(ort: ModuleType, row: Provider) -> None:
     """ProviderError if the provider does not start a graph of one node."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    if row is not CPU and row.name != "vitisai":  # whose compiler may leave so small a graph to the CPU
+    if row is not CPU and row.name not in ("vitisai", "ryzenai"):  # which may leave so small a graph to the CPU
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     add_provider(ort, options, row, {})
     try:
@@ -182,34 +188,29 @@ def _drivers() -> Iterator[Finding]:
 
 
 def _npu() -> Iterator[Finding]:
-    """AMD's and other NPUs, from the environment and, on Linux, the system's own lists."""
-    amd = os.environ.get("RYZEN_AI_INSTALLATION_PATH")
-    if amd is not None and not Path(amd).is_dir():
-        yield Finding("advice", "Ryzen AI", f"RYZEN_AI_INSTALLATION_PATH is {amd}, no folder", "install Ryzen AI again")
-    elif amd is not None:
-        yield Finding("ok", "Ryzen AI", f"installed in {amd}")
-    nodes = sorted(node.name for node in Path("/dev/accel").glob("accel*"))
-    for kind in _amd_npus():
-        if nodes:
-            yield Finding("ok", "NPU", f"AMD {kind}, driver loaded ({', '.join(nodes)})")
+    """AMD's NPU and its software, from the PCI bus, the environment and, on Linux, /dev/accel."""
+    here = ryzenai.software()
+    given = os.environ.get(ryzenai.INSTALLATION)
+    if here.installation:
+        smi = f", {here.xrt_smi}" if here.xrt_smi else ", no xrt-smi"
+        within = f", environment {here.environment}" if here.environment else ""
+        yield Finding("ok", "Ryzen AI", f"{here.release} in {here.installation}{within}{smi}")
+    elif given is not None:
+        said = f"{ryzenai.INSTALLATION} is {given}, no folder"
+        yield Finding("advice", "Ryzen AI", said, "install Ryzen AI again")
+    for npu in ryzenai.npus():
+        nodes = sorted(node.name for node in Path("/dev/accel").glob("accel*"))
+        told = f"{npu}, driver {npu.driver or 'unknown'}"
+        if sys.platform == "linux" and not nodes:
+            remedy = "install the amdxdna driver (Linux 6.14 has it)"
+            yield Finding("advice", "NPU", f"{told}, no /dev/accel", remedy)
+        elif nodes and not os.access(f"/dev/accel/{nodes[0]}", os.R_OK | os.W_OK):
+            said = f"{told}, /dev/accel/{nodes[0]} may not be opened"
+            yield Finding("advice", "NPU", said, "add yourself to the group render")
+        elif ryzenai.driver_too_old(npu):
+            yield Finding("advice", "NPU", f"{told}, too old", "install AMD's NPU driver 32.0.203.280 or newer")
         else:
-            yield Finding(
-                "advice", "NPU", f"AMD {kind}, no /dev/accel", "install the amdxdna driver (Linux 6.14 has it)"
-            )
-    if nodes and not os.access(f"/dev/accel/{nodes[0]}", os.R_OK | os.W_OK):
-        yield Finding("advice", "NPU", f"/dev/accel/{nodes[0]} may not be opened", "add yourself to the group render")
-
-
-def _amd_npus(root: Path = Path("/sys/bus/pci/devices")) -> list[str]:
-    found = []
-    for folder in sorted(root.glob("*")):
-        try:
-            vendor, device = ((folder / name).read_text(encoding="utf-8").strip() for name in ("vendor", "device"))
-        except OSError:
-            continue
-        if vendor == "0x1022" and device in _AMD_NPUS:
-            found.append(_AMD_NPUS[device])
-    return found
+            yield Finding("ok", "NPU", told)
 
 
 def _disk() -> Iterator[Finding]:

@@ -29,7 +29,8 @@ Directions = Literal["batch", "calls", "async", "spread"]
 Value = TypeVar("Value")
 
 _CLOSE = 1.03  # a way of less is taken if it costs at most so much more
-_ONE_AT_A_TIME = ("DmlExecutionProvider",)  # no concurrent calls on one session: its own documentation
+# No concurrent calls on one session: DirectML's documentation says so, AMD's own server keeps to it.
+_ONE_AT_A_TIME = ("DmlExecutionProvider", "RyzenAILightExecutionProvider")
 _WHY_NOT = {
     "batch": "this graph takes one timestep for all rows, so its points cannot be one batch",
     "async": "this provider, or a CUDA graph, allows one call at a time on a session",

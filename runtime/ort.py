@@ -14,11 +14,13 @@ import os
 import platform
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from .errors import ProviderError
 from .providers import CPU, NVIDIA, PROVIDERS, SYSTEMS, WHEELS, Provider
+from .ryzenai import load_beside, provider_library, software
 
 OLDEST, NEWEST = (1, 23), (1, 32)  # releases of onnxruntime that this program was written against
 _kept: list[Any] = []  # for as long as the process
@@ -59,7 +61,7 @@ def require(ort: ModuleType, row: Provider) -> tuple[Any, ...]:
         )
     if row.name == "windowsml":
         raise ProviderError(_catalogue_told(row))
-    library = _library(row)
+    library = library_of(row)
     if library is None:
         plugin = row.plugins and row.packages[0] == "onnxruntime" and list(base_wheels()) == ["onnxruntime"]
         where = "" if plugin or not row.packages else "in an environment of its own: "
@@ -207,8 +209,10 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _library(row: Provider) -> str | None:
-    """The file that holds the provider: of its own package, else of Windows ML; None where neither is here."""
+def library_of(row: Provider) -> str | None:
+    """The file that holds the provider: of its own package or AMD's software, else of Windows ML; None: of none."""
+    if row.name == "ryzenai" and (found := provider_library(software())):
+        return str(_loaded(row, found))
     for plugin in row.plugins:
         if importlib.util.find_spec(plugin.module):
             try:
@@ -226,6 +230,15 @@ def _library(row: Provider) -> str | None:
     except (OSError, RuntimeError) as error:
         raise ProviderError(f"{row.ort}: Windows ML cannot make it ready ({one_line(error)}); update Windows") from None
     return str(entry.library_path)
+
+
+def _loaded(row: Provider, library: Path) -> Path:
+    """AMD's library, loaded before it is registered, for it finds its own only so."""
+    try:
+        load_beside(library, software())
+    except OSError as error:
+        raise ProviderError(f"{row.ort}: {library} does not load ({one_line(error)}); install Ryzen AI again") from None
+    return library
 
 
 @functools.cache
@@ -252,6 +265,8 @@ def _registered(ort: ModuleType, name: str, library: str) -> tuple[Any, ...]:
         return _plugged[name]
     if not hasattr(ort, "register_execution_provider_library"):
         raise ProviderError(f"this onnxruntime {ort.__version__} takes no plugin providers; pip install -U onnxruntime")
+    if sys.platform == "win32":
+        _kept.append(os.add_dll_directory(str(Path(library).parent)))  # for the libraries that lie beside it
     try:
         ort.register_execution_provider_library(name, library)
     except failures(ort) as error:

@@ -23,6 +23,7 @@ from PIL import Image
 
 import epd
 
+from .amd_session import LIGHT, asked
 from .assignment import Assignment, Fallback, fallback_of, summary
 from .bundle import Bundle
 from .directions import Directions, check, settle
@@ -95,7 +96,7 @@ class Pipeline:
         directions: str | None = None,
     ) -> None:
         bundle.require(*REQUIRED[bundle.facts.family])
-        rows = [provider_of(one.strip()) for one in provider.split(",")]  # a wrong one is told now
+        rows = [asked(bundle, one.strip()) for one in provider.split(",")]  # a wrong one is told now
         check_options(rows[0], provider_options or {})
         check(directions, len(rows))
         if session_options is not None and len(rows) > 1:
@@ -287,6 +288,8 @@ class Pipeline:
             }
         else:
             halves = {name: value[None] for name, value in told.items()}
+        if self.bundle.facts.target == LIGHT.name:
+            self._session("vae_decoder").load()  # the first one sets the size of a buffer, and it needs the larger
         backbone = self._session(self.bundle.backbone).load()
         others = [self._session(self.bundle.backbone, index).load() for index in range(1, len(self._providers))]
         return Slopes(backbone, self.bundle.facts, halves, guidance, directions_of(backbone), interval, others)
@@ -312,7 +315,7 @@ class Pipeline:
     def identity(self) -> str:
         """Of the weights: the bundle's, or the sizes and times of a foreign folder's files."""
         bundle = self.bundle
-        files = sorted(bundle.folder.glob("*/*.onnx*")) if bundle.foreign else []
+        files = sorted(bundle.folder.rglob("*.onnx*")) if bundle.foreign else []
         return bundle.fingerprint() or repr([(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
 
     @property

@@ -174,6 +174,8 @@ def _size(bundle: Bundle, height: int | None, width: int | None) -> tuple[int, i
         raise RequestError(
             f"height and width must be multiples of {unit}, got {high}x{wide}; try --height {near[0]} --width {near[1]}"
         )
+    if own[0] and own[1] and (high, wide) != own and bundle.foreign:
+        raise RequestError(f"{facts.name} is prebuilt for {own[0]}x{own[1]} (height x width), not {high}x{wide}")
     if own[0] and own[1] and (high, wide) != own:
         raise RequestError(
             f"{facts.name} was exported for {own[0]}x{own[1]} (height x width), not {high}x{wide}; "

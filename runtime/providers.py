@@ -317,12 +317,14 @@ _ROWS = (
         ("win32", "linux"),
         "static",
         ("bf16", "int8"),
-        _of("path", "config_file", "cache_dir", "xclbin")
-        | _of("text", "cache_key", "encryption_key")
-        | _of("whole", "num_of_dpu_runners")
+        _of("path", "config_file", "cache_dir", "xclbin")  # config_file of float graphs, xclbin of Phoenix: see vitisai
+        | _of("text", "cache_key")
+        | _of("whole", "num_of_dpu_runners")  # up to Ryzen AI 1.5
         | {
-            "target": Option(values=("X2", "X1", "VAIML")),
-            "log_level": Option(values=("info", "warning", "error", "fatal")),
+            "target": Option(values=("X2", "X1")),  # of integer graphs: X2 is for Strix and newer
+            "opt_level": Option("whole", ("0", "1", "2", "3", "65536")),  # of integer graphs
+            "encryption_key": Option(pattern="[0-9A-Fa-f]{64}", example="64 hexadecimal digits"),
+            "log_level": Option(values=("info", "warning", "error", "fatal")),  # Ryzen AI 1.8 calls it out of use
             "enable_cache_file_io_in_mem": Option("switch", ("0", "1"), "0"),  # else nothing is kept in cache_dir
         }
         | _bools("ai_analyzer_visualization", "ai_analyzer_profiling", "xlnx_enable_py3_round"),
@@ -332,6 +334,24 @@ _ROWS = (
         catalogue=True,
         remedy="install AMD's Ryzen AI software and use its environment, or on Windows 11: "
         'pip install "windowsml[with-ort]" (or the extra [windowsml])',
+    ),
+    Provider(  # a plugin within Ryzen AI, for AMD's prebuilt graphs alone: of ordinary ones it takes no node
+        "ryzenai",
+        "RyzenAILightExecutionProvider",
+        (),
+        "",
+        ("win32", "linux"),
+        "static",
+        ("bf16",),
+        _of("path", "dd_cache", "dd_root", "external_data_file")
+        | _of("text", "onnx_custom_ops_const_key")
+        | _of("whole", "fusion_opt_stack_size")
+        | _switches(
+            "hybrid_opt_enable_npu_preemption", compile_fusion_rt="0"
+        ),  # 1 compiles over the folder's own pieces
+        catalogue=True,
+        remedy="install AMD's Ryzen AI software and use its environment (conda activate ryzen-ai-1.8.0), "
+        'or on Windows 11: pip install "windowsml[with-ort]" (or the extra [windowsml])',
     ),
     Provider(
         "qnn",

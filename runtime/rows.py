@@ -58,7 +58,7 @@ def calls_of(bundle: Bundle, component: str, rows: int) -> tuple[int, ...]:
     if not calls:
         raise RequestError(
             f"{component}: {rows} rows cannot be made up of this bundle's graphs of {_listed(have)} rows; "
-            f"{export_line(bundle, rows)}"
+            f"{_other_rows(bundle, rows)}"
         )
     return calls
 
@@ -68,8 +68,12 @@ def in_turn(bundle: Bundle, component: str, calls: Sequence[int]) -> str:
     have = bundle.facts.components[component].rows
     return (
         f"{component}: {sum(calls)} rows run as calls of {' + '.join(map(str, calls))}, for this bundle has graphs of "
-        f"{_listed(have)} rows; for one call {export_line(bundle, sum(calls))}"
+        f"{_listed(have)} rows" + ("" if bundle.foreign else f"; for one call {export_line(bundle, sum(calls))}")
     )
+
+
+def _other_rows(bundle: Bundle, rows: int) -> str:
+    return "give a --guidance-scale above 1" if bundle.foreign else export_line(bundle, rows)
 
 
 def export_line(bundle: Bundle, rows: int) -> str:

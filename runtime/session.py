@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from types import ModuleType, TracebackType
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import assignment, cache
+from . import amd_session, assignment, cache, vitisai
 from .assignment import Assignment, Fallback
 from .binding import Binding
 from .bundle import Bundle
@@ -24,7 +25,7 @@ from .errors import BundleError, NotFiniteError, ProviderError, RequestError
 from .facts import Tensor
 from .interrupt import Hand
 from .ort import failures, one_line, onnxruntime
-from .providers import CPU, check_options, provider_of
+from .providers import CPU, check_options
 from .rows import calls_of, cut, in_turn, join, rows_of
 from .tensors import declared, fit, not_finite
 
@@ -74,19 +75,17 @@ class Session:
         fallback: Fallback = "limited",
         rows: int | None = None,
     ) -> None:
-        self.bundle, self.component, self.fallback = bundle, component, fallback
+        self.bundle, self.component = bundle, component
         self.path = bundle.graph(component, rows)
-        self._row = provider_of(provider)
+        self._row, options, self.fallback = amd_session.settle(bundle, component, provider, provider_options, fallback)
         self.provider = self._row.ort
-        check_options(self._row, provider_options or {})
+        check_options(self._row, options)
         self.load_seconds = self.compile_seconds = self.run_seconds = 0.0
         self.calls = self.retries = 0
         self.assignment: Assignment | None = None
         self._rows = rows
         self._provider_options = {  # a CUDA graph is for what is called again and again
-            name: value
-            for name, value in (provider_options or {}).items()
-            if name != self._row.graphs or component == bundle.backbone
+            name: value for name, value in options.items() if name != self._row.graphs or component == bundle.backbone
         }
         self._session_options = session_options
         self._session: Any = None
@@ -129,13 +128,13 @@ class Session:
         if self._session is not None:
             return self
         if self._parts:
-            next(iter(self._parts.values())).load()
+            self._first().load()
             self._tally()
             return self
         ort = onnxruntime()
         started = time.perf_counter()
         try:
-            made = cache.compiled(ort, self._wanted(ort))
+            made = self._create(ort)
         except ProviderError:
             raise
         except failures(ort) as error:
@@ -164,17 +163,25 @@ class Session:
             index = int(options.get("device_id", "0"))
             self._binding = Binding(ort, session, self._row.device, index, captures)
 
-    def _wanted(self, ort: ModuleType) -> cache.Wanted:
-        return cache.Wanted(
+    def _create(self, ort: ModuleType) -> cache.Started:
+        """An onnxruntime session of the graph; raises what that raises."""
+        given = self._session_options is not None
+        if self.bundle.facts.target == amd_session.LIGHT.name:
+            options = self._options(ort, True)
+            row, chosen = self._row, self._provider_options
+            session: Any = amd_session.create(ort, self.bundle, self.path, options, row, chosen, given)
+            return cache.Started(session, assignment.recorded(session))
+        wanted = cache.Wanted(
             self.bundle,
             self.component,
             self._rows,
             self.path,
             self._row,
-            self._provider_options,
+            vitisai.completed(self._row, self.bundle, self.component, self._provider_options),
             options=lambda strict: self._options(ort, strict),
-            given=self._session_options is not None,
+            given=given,
         )
+        return cache.compiled(ort, wanted)
 
     def _assign(self, told: list[assignment.Node] | None) -> None:
         """Keeps where the nodes run, tells it (once) and refuses what may not be."""
@@ -217,7 +224,7 @@ class Session:
     def inputs(self) -> tuple[Tensor, ...]:
         """What the graph itself declares; loads it. Of several graphs what they share, the row axis named."""
         if self._parts:
-            return self.bundle.facts.components[self.component].inputs
+            return self.bundle.facts.components[self.component].inputs or _any_rows(self._first().inputs)
         self.load()
         return self._inputs
 
@@ -225,7 +232,7 @@ class Session:
     def outputs(self) -> tuple[Tensor, ...]:
         """What the graph itself declares; loads it. Of several graphs what they share, the row axis named."""
         if self._parts:
-            return self.bundle.facts.components[self.component].outputs
+            return self.bundle.facts.components[self.component].outputs or _any_rows(self._first().outputs)
         self.load()
         return self._outputs
 
@@ -366,6 +373,9 @@ class Session:
         self.retries = sum(part.retries for part in parts)
         self.assignment = next((part.assignment for part in parts if part.assignment is not None), None)
 
+    def _first(self) -> Session:
+        return next(iter(self._parts.values()))
+
     def _remedy(self) -> str:
         if self.bundle.facts.components[self.component].precision == "fp32":
             return "it is in full precision: see with `python -m runtime inspect --verify` whether it is damaged"
@@ -405,3 +415,8 @@ class Session:
         if arrays.keys() != tensors.keys():
             raise RequestError(f"{self.component}: expected the inputs {', '.join(tensors)}; got {', '.join(arrays)}")
         return {name: fit(self.component, tensors[name], np.asarray(value)) for name, value in arrays.items()}
+
+
+def _any_rows(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """As declared by one of several graphs of fixed rows that the bundle's facts say nothing of."""
+    return tuple(replace(tensor, shape=("rows", *tensor.shape[1:])) for tensor in tensors)

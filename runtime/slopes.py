@@ -189,8 +189,9 @@ class Slopes:
 
 
 def directions_of(backbone: Session) -> Directions:
-    """`batch` where the graph takes a timestep per row; `calls` where it takes one for all of them."""
-    return "batch" if _per_row(_timestep_shape(backbone)) else "calls"
+    """`batch` where the graph takes a timestep per row; `calls` where it takes one for all, or two rows and no more."""
+    rows = backbone.bundle.facts.components[backbone.component].rows
+    return "batch" if _per_row(_timestep_shape(backbone)) and rows != (2,) else "calls"
 
 
 def _of_one_time(t: Array, call: slice) -> list[slice]:

@@ -47,7 +47,7 @@ def conditioning(bundle: Bundle, open_session: Callable[[str], Session], prompts
 
 
 def _sd15(bundle: Bundle, open_session: Callable[[str], Session], prompts: Sequence[str]) -> dict[str, Floats]:
-    ids = tokenize(bundle.folder / "tokenizer", prompts, bundle.facts.text.clip_tokens)
+    ids = tokenize(bundle.tokenizer(""), prompts, bundle.facts.text.clip_tokens)
     with open_session("text_encoder") as encoder:
         return {"encoder_hidden_states": encoder(input_ids=ids, want=["last_hidden_state"])["last_hidden_state"]}
 
@@ -56,7 +56,7 @@ def _sd3(bundle: Bundle, open_session: Callable[[str], Session], prompts: Sequen
     text = bundle.facts.text
     states, pooled = [], []
     for suffix in ("", "_2"):
-        ids = tokenize(bundle.folder / f"tokenizer{suffix}", prompts, text.clip_tokens)
+        ids = tokenize(bundle.tokenizer(suffix), prompts, text.clip_tokens)
         with open_session(f"text_encoder{suffix}") as encoder:
             state = _second_to_last(encoder)
             outputs = encoder(input_ids=ids, want=["text_embeds", state])
@@ -81,7 +81,7 @@ def _t5(bundle: Bundle, open_session: Callable[[str], Session], prompts: Sequenc
     text = bundle.facts.text
     if "text_encoder_3" not in bundle.facts.components:
         return np.zeros((len(prompts), text.t5_tokens, text.joint_width), np.float32)
-    ids = tokenize(bundle.folder / "tokenizer_3", prompts, text.t5_tokens)
+    ids = tokenize(bundle.tokenizer("_3"), prompts, text.t5_tokens)
     with open_session("text_encoder_3") as encoder:
         return encoder(input_ids=ids, want=["last_hidden_state"])["last_hidden_state"]
 
@@ -102,7 +102,7 @@ def check_tokenizers(bundle: Bundle) -> None:
     text = bundle.facts.text
     for suffix, length in (("", text.clip_tokens), ("_2", text.clip_tokens), ("_3", text.t5_tokens)):
         if f"text_encoder{suffix}" in bundle.facts.components:
-            tokenize(bundle.folder / f"tokenizer{suffix}", [""], length)
+            tokenize(bundle.tokenizer(suffix), [""], length)
 
 
 def tokenize(folder: Path, prompts: Sequence[str], length: int) -> NDArray[np.int64]:

@@ -47,7 +47,7 @@ TOLERANCE = {
     "fp16": 5e-3,
     "bf16": 1e-4,
     "int8-weights": 0.05,
-    "int4-weights": 0.2,
+    "int4-weights": 0.3,
     "int8": 0.3,
     "w8a16": 0.1,
 }

@@ -93,7 +93,7 @@ def export(job: Job) -> dict[str, Any]:
 
 def _export_graph(job: Job, facts: Any, module: Any, rows: int | None) -> dict[str, int]:
     """Writes the graph of a row count, or of any (None), and its small twin; its multiply-accumulates for one row."""
-    from . import graph, macs, rewrites
+    from . import graph, macs
     from .components import ROWS
     from .plan import trial_size
 
@@ -101,8 +101,7 @@ def _export_graph(job: Job, facts: Any, module: Any, rows: int | None) -> dict[s
     agreed, small = (_contract(job, facts, *sides) for sides in ((job.height, job.width), size))
     if rows is not None:
         agreed, small = agreed.fixed(rows), small.fixed(rows)
-    model = graph.trace(module, agreed.inputs, agreed.outputs, agreed.samples(rows or 2), job.opset)
-    rewrites.rewrite(model, job.target)
+    model = _trace(job, module, agreed, rows)
     if (declared := graph.declared(model)) != (agreed.inputs, agreed.outputs):
         raise ExportError(
             f"{job.component}: the graph declares {declared[0]} -> {declared[1]}, "
@@ -118,8 +117,7 @@ def _export_graph(job: Job, facts: Any, module: Any, rows: int | None) -> dict[s
     found = macs.count(path, ROWS, rows or 1)
     del model
     if small != agreed:
-        model = graph.trace(module, small.inputs, small.outputs, small.samples(rows or 2), job.opset)
-        rewrites.rewrite(model, job.target)
+        model = _trace(job, module, small, rows)
         if (others := Counter(node.op_type for node in model.graph)) != kinds:
             raise ExportError(
                 f"{job.component}: traced at {size[1]}x{size[0]} the graph has other nodes than at "
@@ -128,6 +126,13 @@ def _export_graph(job: Job, facts: Any, module: Any, rows: int | None) -> dict[s
             )
         graph.save_sharing(model, _graph_file(job, TRIAL, rows), first)
     return found
+
+
+def _trace(job: Job, module: Any, agreed: Any, rows: int | None) -> Any:
+    from . import graph, rewrites
+
+    model = graph.trace(module, agreed.inputs, agreed.outputs, agreed.samples(rows or 2), job.opset)
+    return rewrites.rewrite(model, job.target)
 
 
 def _check_operators(job: Job, kinds: Counter[str]) -> None:

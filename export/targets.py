@@ -1,9 +1,9 @@
 """What a bundle must be for the device it is made for: a table of facts, one row per target.
 
 Dynamic targets get one graph that takes any number of rows; static ones a graph per row count, every size in it a
-number. Sources: the providers' own documentation (November 2026). Drawn with so far: cpu, and qnn
-on Qualcomm's x86 emulator (whose fault with position embeddings `rewrites` goes around). On the other devices nothing
-was run. Knows nothing of torch.
+number. Sources: the providers' own documentation (November 2026). Drawn with so far: cpu, and qnn's graphs on the CPU;
+on Qualcomm's x86 emulator they compile whole, but rows after the first of a small SD3 transformer came out wrong. On
+the other devices nothing was run. Knows nothing of torch.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 import epd
-from runtime.noise import randn
+from runtime.noise import Stream
 from runtime.pipeline import Pipeline
 from runtime.rows import cut
 from runtime.session import Session
@@ -30,7 +30,7 @@ Feed = dict[str, np.ndarray]
 def record(folder: Path, *, prompts: Sequence[str], count: int, seed: int = SEED) -> list[Feed]:
     """Inputs of a bundle's backbone along real trajectories: all noise levels, guided, one point or K = 2 at a time.
 
-    A prompt is drawn twice from a seed of its own: by Euler at `STEPS` times, and with the start table of two
+    A prompt is drawn twice with a seed of its own: by Euler at `STEPS` times, and with the start table of two
     directions, whose midpoints lie off Euler's path. Calls are cut to the rows of the backbone's first graph, to 2
     where it takes any number. Of a trajectory's calls only those that are wanted stay in memory.
 
@@ -89,15 +89,16 @@ class _Tap:
 
 
 def _drawn(pipe: Pipeline, prompts: Sequence[str], seed: int, rows: int) -> list[Feed]:
-    """All calls of two drawings of these prompts, image i from seed + i."""
+    """All calls of two drawings of these prompts, each from noise of its own; image i has seed + i."""
     one = pipe.plan(prompts[0], solver="euler", num_inference_steps=STEPS)
     two = pipe.plan(prompts[0], solver="epd", k=2, num_inference_steps=INTERVALS)
     slopes = pipe.slopes(prompts, one.guidance)
     tap = _Tap(slopes.backbone, rows)
     slopes.sessions = (tap,)  # type: ignore[assignment]
-    noise = np.stack([randn(one.latent_shape, seed + i) for i in range(len(prompts))])
+    streams = [Stream(seed + i) for i in range(len(prompts))]
     for plan in (one, two):
-        for _ in epd.solve(plan.coroutine(np.zeros_like), plan.start_scale * noise.astype(np.float64), slopes):
+        noise = np.stack([stream.randn(plan.latent_shape) for stream in streams]).astype(np.float64)
+        for _ in epd.solve(plan.coroutine(np.zeros_like), plan.start_scale * noise, slopes):
             pass
     return tap.calls
 

@@ -31,6 +31,10 @@ from .graph import save, save_sharing
 
 _PRODUCTS = ("Conv", "Gemm", "MatMul")
 _TYPES = {"uint8": QuantType.QUInt8, "uint16": QuantType.QUInt16}
+_WEIGHTS: dict[str, dict[str, Any]] = {  # what the library would do otherwise
+    "LayerNormalization": {"quant_type": QuantType.QUInt8},  # QNN takes no int8 there
+    "MatMul": {"quant_type": QuantType.QInt8, "symmetric": True, "axis": 1},
+}
 Ranges = Mapping[str, tuple[float, float]]  # tensor -> least and largest value
 
 
@@ -62,12 +66,16 @@ def quantise(
     Raises
     ------
     ExportError
-        Graphs that differ by more than their rows. The files are then as they were.
+        Graphs that differ by more than their rows; a node to keep that there is not. The files are then as they were:
+        they are replaced at the end, one after the other, so that nobody may read the folder meanwhile.
     """
     first, folder = graphs[0], graphs[0].parent
     with tempfile.TemporaryDirectory(prefix=".qdq-", dir=folder) as scratch, _quiet():
-        ranges = calibrate(first, feeds)
         plain = _skeleton(first)
+        known = {word for node in plain.graph.node for word in (node.name, node.op_type)}
+        if strangers := sorted(set(keep) - known):
+            raise ExportError(f"{first}: has no node or operator {strangers[0]} to keep in float; leave it out")
+        ranges = calibrate(first, feeds)
         for path in graphs:
             model = _skeleton(path)
             same = _counterparts(plain, model, path)
@@ -185,7 +193,11 @@ def _quantised(
     """The graph with QDQ nodes; `spared`: nodes and operators that get none."""
     nodes = [node.name for node in model.graph.node if node.name in spared or node.op_type in spared]
     weights = {tensor.name for tensor in model.graph.initializer}
-    per_column = [{"axis": 1, "quant_type": QuantType.QInt8, "symmetric": True}]  # the library has them per tensor
+    told = {
+        node.input[1]: [_WEIGHTS[node.op_type]]
+        for node in model.graph.node
+        if node.op_type in _WEIGHTS and node.input[1] in weights and node.name not in nodes
+    }
     config = get_qnn_qdq_config(
         model,
         None,
@@ -194,11 +206,7 @@ def _quantised(
         per_channel=True,
         op_types_to_quantize=list(_PRODUCTS) if operators == "products" else None,
         nodes_to_exclude=nodes,
-        init_overrides={
-            node.input[1]: per_column
-            for node in model.graph.node
-            if node.op_type == "MatMul" and node.input[1] in weights and node.name not in nodes
-        },
+        init_overrides=told,
     )
     bounds = {n: TensorData(lowest=np.float32(low), highest=np.float32(high)) for n, (low, high) in ranges.items()}
     return QDQQuantizer(

@@ -254,6 +254,8 @@ def test_other_nodes_are_refused_and_nothing_is_changed(plain, tmp_path):
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     with pytest.raises(ExportError, match=r"model_rows6\.onnx: has other nodes"):
         qdq.quantise(paths, feeds(2, 2, 1), activations="uint8")
+    with pytest.raises(ExportError, match=r"model\.onnx: has no node or operator node_none to keep in float"):
+        qdq.quantise(paths[:1], feeds(2, 2, 1), activations="uint8", keep=["node_none", "MatMul"])
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 

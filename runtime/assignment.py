@@ -23,8 +23,8 @@ STRICT = "session.disable_cpu_ep_fallback"  # session option: 1 makes a node on 
 Fallback = Literal["limited", "allowed", "never"]
 _LEAST: dict[Fallback, float] = {"limited": 0.9, "allowed": 0.0, "never": 1.0}  # share on the provider asked for
 _FOUND = 0.5  # of the MACs that must be found again by node for a judgement by compute
-_PRODUCTS = ("Attention", "Conv", "Gemm", "MatMul", "MultiHeadAttention")  # what an opened operator's MACs are done by
 _MADE = re.compile(r"(/[^/]*|_token_\d+)$")  # ends a name: made of another node, or laid out anew
+_PRODUCTS = ("Attention", "Conv", "Gemm", "MatMul", "MultiHeadAttention")  # what an opened operator's MACs are done by
 TELL = "get_provider_graph_assignment_info"  # method of a session
 _NAMED = 3  # operators that an error names
 # Providers that lay tensors out in their own way before the graph is divided: of their nodes only those made by that

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+from itertools import pairwise
 
 import pytest
 import tiny_bundle
@@ -54,7 +55,7 @@ def test_costs_and_words_of_a_known_device(bundles, cost, best, word, monkeypatc
     assert word in verdict(result)[0]
     assert f"as long as {1 + 5 * best[0]:.1f} calls of one direction" in verdict(result)[1]
     peaks = [one.peak_rss_bytes for one in result.costs]
-    assert None in peaks or peaks == sorted(peaks)
+    assert None in peaks or all(after > before - 1e6 for before, after in pairwise(peaks))  # Linux counts in batches
 
 
 @pytest.mark.parametrize("k", [2, 3])

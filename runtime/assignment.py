@@ -23,7 +23,7 @@ Fallback = Literal["limited", "allowed", "never"]
 _LEAST: dict[Fallback, float] = {"limited": 0.9, "allowed": 0.0, "never": 1.0}  # share on the provider asked for
 _FOUND = 0.5  # of the MACs that must be found again by node for a judgement by compute
 _PRODUCTS = ("Attention", "Conv", "Gemm", "MatMul", "MultiHeadAttention")  # what an opened operator's MACs are done by
-TELL = "get_provider_graph_assignment_info"  # method of a session
+_TELL = "get_provider_graph_assignment_info"  # method of a session
 _NAMED = 3  # operators that an error names
 
 
@@ -98,7 +98,7 @@ class Assignment:
 
 def tells(onnxruntime: ModuleType) -> bool:
     """Whether an onnxruntime package can tell where nodes run; from 1.24 on."""
-    return hasattr(onnxruntime.InferenceSession, TELL)
+    return hasattr(onnxruntime.InferenceSession, _TELL)
 
 
 def recorded(session: Any) -> list[Node] | None:
@@ -106,7 +106,7 @@ def recorded(session: Any) -> list[Node] | None:
 
     The session must have been created with `RECORD`.
     """
-    if not hasattr(session, TELL):
+    if not hasattr(session, _TELL):
         return None
     subgraphs = session.get_provider_graph_assignment_info()
     nodes = [Node(node.name, node.op_type, part.ep_name) for part in subgraphs for node in part.get_nodes()]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from . import amd, assignment, ryzenai
+from . import amd, ryzenai
 from .assignment import Fallback
 from .bundle import Bundle
 from .errors import BundleError, ProviderError
@@ -240,7 +240,7 @@ class Adapted:
 
     def get_provider_graph_assignment_info(self) -> list[Any]:
         """Of every node its provider; empty where none can be told."""
-        if not hasattr(self._session, assignment.TELL):
+        if not hasattr(self._session, "get_provider_graph_assignment_info"):
             return []
         parts = self._session.get_provider_graph_assignment_info()
         return [_Part(self._operators or part.ep_name if foreign else part.ep_name, nodes)

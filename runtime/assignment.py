@@ -25,7 +25,7 @@ _LEAST: dict[Fallback, float] = {"limited": 0.9, "allowed": 0.0, "never": 1.0}  
 _FOUND = 0.5  # of the MACs that must be found again by node for a judgement by compute
 _MADE = re.compile(r"(/[^/]*|_token_\d+)$")  # ends a name: made of another node, or laid out anew
 _PRODUCTS = ("Attention", "Conv", "Gemm", "MatMul", "MultiHeadAttention")  # what an opened operator's MACs are done by
-TELL = "get_provider_graph_assignment_info"  # method of a session
+_TELL = "get_provider_graph_assignment_info"  # method of a session
 _NAMED = 3  # operators that an error names
 # Providers that lay tensors out in their own way before the graph is divided: of their nodes only those made by that
 # are recorded, of the CPU's all. Seen with WebGPU 1.27, by its profile; with preferredLayout=NCHW all are.
@@ -104,7 +104,7 @@ class Assignment:
 
 def tells(onnxruntime: ModuleType) -> bool:
     """Whether an onnxruntime package can tell where nodes run; from 1.24 on."""
-    return hasattr(onnxruntime.InferenceSession, TELL)
+    return hasattr(onnxruntime.InferenceSession, _TELL)
 
 
 def recorded(session: Any) -> list[Node] | None:
@@ -112,7 +112,7 @@ def recorded(session: Any) -> list[Node] | None:
 
     The session must have been created with `RECORD`.
     """
-    if not hasattr(session, TELL):
+    if not hasattr(session, _TELL):
         return None
     subgraphs = session.get_provider_graph_assignment_info()
     return [Node(node.name, node.op_type, part.ep_name) for part in subgraphs for node in part.get_nodes()]

@@ -194,7 +194,12 @@ def _npu() -> Iterator[Finding]:
     if here.installation:
         smi = f", {here.xrt_smi}" if here.xrt_smi else ", no xrt-smi"
         within = f", environment {here.environment}" if here.environment else ""
-        yield Finding("ok", "Ryzen AI", f"{here.release} in {here.installation}{within}{smi}")
+        said = f"{here.release} in {here.installation}{within}{smi}"
+        if _built_in("vitisai"):
+            yield Finding("ok", "Ryzen AI", said)
+        else:
+            remedy = f"conda activate ryzen-ai-{here.release}, or the environment that its installer made"
+            yield Finding("advice", "Ryzen AI", f"{said}; this environment has not its onnxruntime", remedy)
     elif given is not None:
         said = f"{ryzenai.INSTALLATION} is {given}, no folder"
         yield Finding("advice", "Ryzen AI", said, "install Ryzen AI again")
@@ -211,6 +216,13 @@ def _npu() -> Iterator[Finding]:
             yield Finding("advice", "NPU", f"{told}, too old", "install AMD's NPU driver 32.0.203.280 or newer")
         else:
             yield Finding("ok", "NPU", told)
+
+
+def _built_in(name: str) -> bool:
+    try:
+        return PROVIDERS[name].ort in onnxruntime().get_available_providers()
+    except ProviderError:
+        return False
 
 
 def _disk() -> Iterator[Finding]:

@@ -209,6 +209,7 @@ def test_doctor_tells_of_npu_and_software(monkeypatch, tmp_path, capsys):
     assert main(["doctor"]) == 0
     told = capsys.readouterr().out
     assert f"Ryzen AI: 1.8.0 in {tmp_path}, environment ryzen-ai-1.8.0, {tmp_path / 'xrt-smi'}" in told
+    assert "this environment has not its onnxruntime\n        conda activate ryzen-ai-1.8.0" in told
     assert "NPU: AMD Krackan (1022:17f0 revision 20), driver 1.0" in told
     assert main(["devices"]) == 0
     assert "vitisai      no, AMD Krackan (1022:17f0 revision 20)" in capsys.readouterr().out

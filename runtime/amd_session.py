@@ -20,7 +20,7 @@ from .assignment import Fallback
 from .bundle import Bundle
 from .errors import BundleError, ProviderError
 from .ort import add_provider, failures, library_of, one_line
-from .providers import CPU, PROVIDERS, Provider, provider_of
+from .providers import CPU, PROVIDERS, Provider
 
 LIGHT = PROVIDERS[amd.TARGET]
 _PLUGIN = (1, 8)  # first release of Ryzen AI whose prebuilt graphs want the plugin provider
@@ -40,7 +40,7 @@ class Settled(NamedTuple):
 
 
 def settle(
-    bundle: Bundle, component: str, provider: str, options: Mapping[str, str] | None, fallback: Fallback
+    bundle: Bundle, component: str, provider: Provider, options: Mapping[str, str] | None, fallback: Fallback
 ) -> Settled:
     """What a component is opened with, where `provider` is asked for.
 
@@ -51,7 +51,7 @@ def settle(
     Raises
     ------
     ProviderError
-        A provider that AMD's graphs cannot run on; or none, unknown.
+        A provider that AMD's graphs cannot run on.
     """
     row = asked(bundle, provider)
     if bundle.facts.target != amd.TARGET or row is CPU:
@@ -63,9 +63,8 @@ def settle(
     return Settled(CPU, {}, fallback)
 
 
-def asked(bundle: Bundle, provider: str) -> Provider:
-    """The row of a provider for a bundle; ProviderError if AMD's graphs cannot run on it."""
-    row = provider_of(provider)
+def asked(bundle: Bundle, row: Provider) -> Provider:
+    """The provider that a bundle runs on where `row` is asked for; ProviderError if AMD's graphs cannot run on it."""
     if bundle.facts.target != amd.TARGET:
         return row
     if row not in (CPU, LIGHT, PROVIDERS["vitisai"]):

@@ -96,7 +96,7 @@ class Pipeline:
         directions: str | None = None,
     ) -> None:
         bundle.require(*REQUIRED[bundle.facts.family])
-        rows = [asked(bundle, one.strip()) for one in provider.split(",")]  # a wrong one is told now
+        rows = [asked(bundle, provider_of(one.strip())) for one in provider.split(",")]  # a wrong one is told now
         check_options(rows[0], provider_options or {})
         check(directions, len(rows))
         if session_options is not None and len(rows) > 1:

@@ -25,7 +25,7 @@ from .errors import BundleError, NotFiniteError, ProviderError, RequestError
 from .facts import Tensor
 from .interrupt import Hand
 from .ort import failures, one_line, onnxruntime
-from .providers import CPU, check_options
+from .providers import CPU, check_options, provider_of
 from .rows import calls_of, cut, in_turn, join, rows_of
 from .tensors import declared, fit, not_finite
 
@@ -77,7 +77,9 @@ class Session:
     ) -> None:
         self.bundle, self.component = bundle, component
         self.path = bundle.graph(component, rows)
-        self._row, options, self.fallback = amd_session.settle(bundle, component, provider, provider_options, fallback)
+        self._row, options, self.fallback = amd_session.settle(
+            bundle, component, provider_of(provider), provider_options, fallback
+        )
         self.provider = self._row.ort
         check_options(self._row, options)
         self.load_seconds = self.compile_seconds = self.run_seconds = 0.0

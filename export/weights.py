@@ -1,4 +1,4 @@
-"""Weights of linear layers in 8 or 4 bits (ONNX Runtime's MatMulNBits), and bf16 graphs that any kernel can run.
+"""Weights of linear layers in 8 or 4 bits (ONNX Runtime's MatMulNBits); bf16 graphs that CUDA, or any kernel, can run.
 
 A weight is cut into blocks along the axis that is summed over, each with a scale and a zero point of its own. At
 accuracy level 4 the kernel rounds the other operand to 8 bits, too, per block of a row: what one row holds is not felt

@@ -13,9 +13,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from runtime.cachekey import drivers
 from runtime.ort import base_wheels, installed
 from runtime.png import version
-from runtime.profiles import OTHERS, drivers, usable_cores
+from runtime.profiles import OTHERS, usable_cores
 from runtime.providers import Provider
 
 _SUPPLIES = Path("/sys/class/power_supply")
@@ -60,7 +61,8 @@ def company(others: float | None) -> str:
 
 def machine(providers: Iterable[Provider] = ()) -> Machine:
     """This one, now."""
-    plugins = [plugin.package for row in providers for plugin in row.plugins]
+    rows = list(providers)
+    plugins = [plugin.package for row in rows for plugin in row.plugins]
     packages = {"epd-toolkit": version()} | installed(["numpy"]) | base_wheels() | installed(plugins)
     return Machine(
         processor=_processor(),
@@ -69,7 +71,7 @@ def machine(providers: Iterable[Provider] = ()) -> Machine:
         memory_bytes=_memory(),
         system=platform.platform(),
         versions={"python": platform.python_version()} | packages,
-        drivers=drivers(),
+        drivers={name: release for row in rows for name, release in drivers(row).items()},
         power=_power(),
         governor=_line(_GOVERNOR),
     )

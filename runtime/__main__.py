@@ -401,12 +401,23 @@ def _leave(status: int) -> NoReturn:
     """Ends the process; without its usual end where Ctrl-C has left a provider compiling, whose library crashes it."""
     from .watched import THREAD
 
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed
+        stream.flush()
     if any(thread.name == THREAD for thread in threading.enumerate()):
         os._exit(status)
     sys.exit(status)
 
 
+def own_stdout() -> None:
+    """Keeps standard output for what commands print: what libraries print there (QNN's does) goes to standard error."""
+    try:
+        ours = os.dup(1)
+        os.dup2(2, 1)
+    except OSError:  # closed, as Python's own is then
+        return
+    sys.stdout = open(ours, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115, PTH123
+
+
 if __name__ == "__main__":
+    own_stdout()
     _leave(main())

@@ -26,6 +26,7 @@ import epd
 from .amd_session import LIGHT, asked
 from .assignment import Assignment, Fallback, fallback_of, summary
 from .bundle import Bundle
+from .cachekey import drivers
 from .directions import Directions, check, settle
 from .errors import NotFiniteError, ProviderError, RequestError
 from .facts import REQUIRED
@@ -33,7 +34,7 @@ from .memory import peak_rss_bytes
 from .noise import Stream
 from .ort import base_wheels, installed, onnxruntime
 from .plan import Plan, make_plan
-from .profiles import Profile, drivers, machine
+from .profiles import Profile, machine
 from .providers import check_options, provider_of
 from .session import Session
 from .slopes import Slopes, directions_of
@@ -342,7 +343,7 @@ class Pipeline:
             "latent": plan.latent_shape,
             "session": [str(getattr(options, name, "")) for name in settings],
             "packages": {"onnxruntime": onnxruntime().__version__} | base_wheels() | installed(plugins),
-            "drivers": drivers(),
+            "drivers": {row.name: drivers(row) for row in rows},
             "machine": machine(),
         }
 

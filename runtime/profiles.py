@@ -4,7 +4,7 @@ Costs are compared only within one *sitting*, for the machine may have been slow
 the runs of a task differ by more than BUSY, or in which other programs took more than OTHERS of the processors (seen on
 Linux only), is made again, and not kept if that is no better: a steady load flatters calls at once, which take more of
 the processors from the others. Knows nothing of sessions or models, and does not see that a device has got slower
-since, nor a driver's version outside Linux: `python -m benchmarks scaling` measures anew.
+since: `python -m benchmarks scaling` measures anew.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import json
 import logging
 import math
 import os
-import platform
 import statistics
 import sys
 import time
@@ -24,6 +23,8 @@ from typing import Any, NamedTuple
 
 from epd.catalogue import cache_folder
 
+from . import cachekey
+
 Clock = Callable[[], float]  # seconds, of any origin
 Tasks = Mapping[str, Callable[[], object]]  # what is done, in words -> doing it
 
@@ -32,12 +33,6 @@ BUSY = 1.5  # upper over lower quartile of a task's runs, above which the machin
 OTHERS = 0.25  # of the processors, above which other programs were in the way
 _FORMAT = 2
 _ENVIRONMENT = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "RYZEN_AI_INSTALLATION_PATH", "VK_ICD_FILENAMES")
-_DRIVERS = (  # Linux: the version of a driver, for itself or in a line of text
-    "/proc/driver/nvidia/version",
-    "/sys/module/amdxdna/version",
-    "/sys/module/amdgpu/version",
-    "/sys/module/intel_vpu/version",
-)
 _AT_WORK = (0, 1, 2, 5, 6, 7)  # of /proc/stat: user, nice, system, interrupts hard and soft, stolen by a host
 _TICKS = 20  # of its clock, below which a share says nothing
 log = logging.getLogger(__name__)
@@ -211,8 +206,7 @@ def _busy(found: Timings) -> str:
 def machine() -> dict[str, Any]:
     """What tells this machine, as it is set up, from another that shares its cache."""
     return {
-        "node": platform.node(),
-        "processor": platform.processor() or platform.machine(),
+        **cachekey.machine(),
         "cores": usable_cores(),
         "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
     }
@@ -221,9 +215,3 @@ def machine() -> dict[str, Any]:
 def usable_cores() -> int | None:
     """Logical processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def drivers() -> dict[str, str]:
-    """Versions of the accelerators' drivers, by the file that tells them; Linux only."""
-    files = {name: Path(name) for name in _DRIVERS}
-    return {name: file.read_text(encoding="utf-8").split("\n")[0] for name, file in files.items() if file.is_file()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from runtime.__main__ import carried_out
+from runtime.__main__ import carried_out, own_stdout
 
 from . import latency, orders, quality, scaling
 
@@ -20,4 +20,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    own_stdout()
     sys.exit(main())

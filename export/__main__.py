@@ -19,7 +19,7 @@ from . import ExportError, checkpoint, plan, targets, write
 _NEEDS = ("torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "psutil", "safetensors", "onnxruntime")
 _T5_NONE = (
     "no T5 (--t5 none): 9.5 GB less, but long prompts are followed less closely and lettering in pictures is "
-    "lost; give --t5 fp16 for the whole model"
+    "lost; give --t5 fp16 for the whole model, or int8 or int4 for half or a third of its size"
 )
 
 

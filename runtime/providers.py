@@ -393,8 +393,8 @@ _ROWS = (
             "enable_htp_shared_memory_allocator",
             "enable_htp_spill_fill_buffer",
             "extended_udma",
-            "offload_graph_io_quantization",
             "skip_qnn_version_check",
+            offload_graph_io_quantization="0",  # else QuantizeLinear of its inputs goes to the CPU
         ),
         opset=21,
         kept=Kept("context"),

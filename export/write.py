@@ -50,7 +50,7 @@ class Written:
     component: Component
     seconds: float
     export_rss_bytes: int  # peak of the exporting process
-    parity_rss_bytes: int  # peak of the process that compared with torch
+    parity_rss_bytes: int  # largest peak of the processes that compared, calibrated or drew with it
 
 
 def check_target(target: Path, overwrite: bool) -> None:
@@ -101,6 +101,7 @@ def write(plan: Plan, target: Path, overwrite: bool, say: Say) -> tuple[dict[str
     check_target(target, overwrite)
     with tempfile.TemporaryDirectory(prefix="export-") as notes, _aside(target) as partial:
         write_configurations(plan, partial)
+        _check_prompts(plan, partial)
         files = _stored(partial, partial.rglob("*"))  # graphs and tables come later
         written = {}
         for number, (component, at) in enumerate(plan.precisions.items(), 1):
@@ -122,11 +123,16 @@ def write(plan: Plan, target: Path, overwrite: bool, say: Say) -> tuple[dict[str
             say(_told(plan.backbone, written[plan.backbone], "fp32"))
             facts = replace(facts, components={name: one.component for name, one in written.items()})
             write_facts(partial, facts)
-        picture = _compare_pictures(plan, partial, Path(notes), say)
-        if picture is not None:
+        picture = None
+        if plan.pictures:
+            picture, peak = _compare_pictures(plan, partial, Path(notes), say)
+            one = written[plan.backbone]
+            written[plan.backbone] = replace(one, parity_rss_bytes=max(one.parity_rss_bytes, peak))
             _write_json(partial / PICTURE, asdict(picture))
             facts = replace(facts, files=(*facts.files, *_stored(partial, [partial / PICTURE])))
             write_facts(partial, facts)
+        elif plan.precisions.get(plan.backbone, "fp32") != "fp32":
+            say("pictures: not checked against fp32")
     return written, picture
 
 
@@ -143,7 +149,8 @@ def _calibrate(plan: Plan, exported: Written, partial: Path, notes: Path) -> Wri
         parity=Parity(tuple(found["rows"]), found["error"], found["tolerance"]),
     )
     seconds = exported.seconds + time.perf_counter() - started
-    return replace(exported, component=component, seconds=seconds, parity_rss_bytes=found["peak_rss_bytes"])
+    peak = max(exported.parity_rss_bytes, found["peak_rss_bytes"])
+    return replace(exported, component=component, seconds=seconds, parity_rss_bytes=peak)
 
 
 def _prompts(partial: Path) -> tuple[str, ...]:
@@ -153,14 +160,18 @@ def _prompts(partial: Path) -> tuple[str, ...]:
     raise ExportError(f"{PROMPTS}: holds no prompts; write some into the checkpoint's, one a line, or delete the file")
 
 
-def _compare_pictures(plan: Plan, partial: Path, notes: Path, say: Say) -> Picture | None:
-    """Of the last prompts, with which nothing was calibrated."""
-    at = plan.precisions.get(plan.backbone, "fp32")
-    if not plan.pictures:
-        if at != "fp32":
-            say("pictures: not checked against fp32")
-        return None
-    started, prompts = time.perf_counter(), _prompts(partial)[-plan.pictures :]
+def _check_prompts(plan: Plan, partial: Path) -> None:
+    """ExportError for too few prompts, before any graph is made."""
+    there = len(_prompts(partial)) if plan.pictures or plan.calibrated else 0
+    if there < plan.pictures:
+        raise ExportError(
+            f"--picture-check {plan.pictures}: {PROMPTS} of this model holds {there} prompts; give no more than that"
+        )
+
+
+def _compare_pictures(plan: Plan, partial: Path, notes: Path, say: Say) -> tuple[Picture, int]:
+    """Of the last prompts, with which nothing was calibrated unless there are no others; the peak memory in bytes."""
+    started, at, prompts = time.perf_counter(), plan.precisions[plan.backbone], _prompts(partial)[-plan.pictures :]
     say(f"pictures: drawing {len(prompts)} at {at} and as many at fp32")
     found = run(_job(plan, "picture", plan.backbone, at, partial, notes, prompts))
     picture = Picture(**{entry.name: found[entry.name] for entry in fields(Picture)})
@@ -169,7 +180,7 @@ def _compare_pictures(plan: Plan, partial: Path, notes: Path, say: Say) -> Pictu
         f"{picture.steps} steps, error of the backbone {picture.error:.1e}, {time.perf_counter() - started:.0f} s"
         + ("; drawn by torch at this precision, NOT with the graph" if picture.by == "torch" else "")
     )
-    return picture
+    return picture, found["peak_rss_bytes"]
 
 
 def _stored(bundle: Path, paths: Iterable[Path]) -> tuple[Stored, ...]:
@@ -438,7 +449,8 @@ def run(job: Job) -> dict[str, Any]:
                 "space there, or set TMPDIR to another disk; nothing was written"
             )
         if process.returncode in (-9, 137) or (tail and _ALLOCATION.search(tail[-1])):
-            raise ExportError(f"{job.component}: the {job.task} process {SHORT_OF_MEMORY}; nothing was written")
+            less = ", or --picture-check 0" if job.task == "picture" else ""
+            raise ExportError(f"{job.component}: the {job.task} process {SHORT_OF_MEMORY}{less}; nothing was written")
         raise ExportError(
             f"{job.component}: the {job.task} process broke with status {process.returncode}: "
             f"{tail[-1] if tail else 'no message'}; this is a fault of the exporter; nothing was written"

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from export import ExportError, graph, macs, picture, weights, worker
+from export import ExportError, graph, macs, picture, weights, worker, write
 from export.__main__ import main
 from export.components import TRACED, AtPrecision, Contract
 from export.targets import CALIBRATED, DTYPES, TARGETS, precision
@@ -231,6 +231,66 @@ def test_precisions_that_do_not_fit(words, line, tiny_checkpoints, tmp_path, cap
     assert len(told) == 1
     assert told[0].startswith(f"export: {line}")
     assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--picture-check", "3"], "export: --picture-check 3: prompts.txt of this model holds 2 prompts"),
+        (["--picture-check", "3", "--target", "qnn", "--dtype", "int8"], "export: --picture-check 3: prompts.txt"),
+    ],
+)
+def test_more_pictures_than_prompts_are_refused_before_any_graph_is_made(
+    words, line, tiny_checkpoints, tmp_path, capsys
+):
+    checkpoint = Path(shutil.copytree(tiny_checkpoints["sd15"], tmp_path / "checkpoint"))
+    (checkpoint / "prompts.txt").write_text("a red circle\na ring\n", encoding="utf-8")
+    dtype = [] if "--dtype" in words else ["--dtype", "fp16"]
+    assert main([str(checkpoint), "-o", str(tmp_path / "bundle"), *dtype, *words]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1
+    assert told[0].startswith(line)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_model_without_prompts_is_refused_before_any_graph_is_made(tiny_checkpoints, tmp_path, capsys):
+    checkpoint = Path(shutil.copytree(tiny_checkpoints["sd15"], tmp_path / "checkpoint"))
+    (checkpoint / "prompts.txt").write_text("\n", encoding="utf-8")
+    assert main([str(checkpoint), "-o", str(tmp_path / "bundle"), "--dtype", "int8", "--picture-check", "0"]) == 2
+    assert capsys.readouterr().err.startswith("export: prompts.txt: holds no prompts; write some")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize(
+    ("component", "precision", "remedy"),
+    [
+        ("transformer", "int8", "give --dtype fp32"),
+        ("transformer", "fp32", "give another --opset"),
+        ("text_encoder_3", "int4-weights", "give --t5 fp16"),
+        ("text_encoder_3", "fp16-weights", "give --t5 none"),
+    ],
+)
+def test_what_differs_too_much_is_refused_with_an_option_that_changes_it(component, precision, remedy):
+    told = job(Path(), Path(), "sd3", component=component, precision=precision)
+    for error in (0.3, np.nan):
+        with pytest.raises(ExportError, match=rf"{component}: differs from torch by .* nothing was written; {remedy}$"):
+            worker._judged(told, "torch", (2,), error, 0.1)
+
+
+@pytest.mark.parametrize(("task", "remedy"), [("picture", ", or --picture-check 0;"), ("parity", "more memory;")])
+def test_want_of_memory_for_pictures_is_remedied_by_none(task, remedy, tmp_path, monkeypatch):
+    class Killed:
+        returncode, stdin = -9, (tmp_path / "stdin").open("wb")
+
+        def wait(self):
+            return self.returncode
+
+        kill = wait
+
+    monkeypatch.setattr(write.subprocess, "Popen", lambda *_, **__: Killed())
+    told = job(tmp_path, tmp_path, "sd3", task=task, result=str(tmp_path / "result.json"))
+    with pytest.raises(ExportError, match=rf"the {task} process ran out of memory.*{remedy} nothing was written$"):
+        write.run(told)
 
 
 def test_dry_run_says_that_pictures_will_be_compared(tiny_checkpoints, tmp_path, capsys):

@@ -1,12 +1,14 @@
 """Static quantisation of a component's graphs: int8 weights, activations of 8 or 16 bits, as QDQ nodes.
 
 Ranges are fixed by calibration. Nothing is scaled by what a batch happens to hold, so that a row gives the same
-numbers alone and among others. ONNX Runtime's quantiser writes the nodes; here is what it is told. Knows nothing of
-Stable Diffusion.
+numbers alone and among others. They are plain minima and maxima: on shapes-sd3 percentiles of 99.99 and means gave
+the same error to 3 %. ONNX Runtime's quantiser writes the nodes; here is what it is told. Knows nothing of Stable
+Diffusion.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import tempfile
@@ -58,8 +60,8 @@ def quantise(
     activations : "uint8" | "uint16"
         Asymmetric. Weights are int8, symmetric, one scale per output channel; biases of Conv and Gemm int32.
     operators : "all" | "products"
-        All, as an NPU wants them that has no float units to speak of, or convolutions and matrix products alone, which
-        the CPU computes in int8 as fast and with less than half the error.
+        All, for NPUs; or convolutions and matrix products alone, for the CPU, which gains nothing by the others: as
+        fast, and pictures are 3 dB (shapes-sd15) to 8 dB (shapes-sd3) closer to those of fp32.
     keep : collection of str
         Nodes of the first graph that stay in float, or operators, beside those of `kept`.
 
@@ -88,6 +90,7 @@ def quantise(
                 save(ir.from_proto(model), written)
             else:
                 save_sharing(ir.from_proto(model), written, Path(scratch) / first.name)
+        gc.collect()  # Windows renames no file that is still mapped
         for written in sorted(Path(scratch).iterdir()):
             os.replace(written, folder / written.name)
 

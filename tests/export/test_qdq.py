@@ -259,6 +259,18 @@ def test_other_nodes_are_refused_and_nothing_is_changed(plain, tmp_path):
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("wanted", [1, 7, 12, 25, 40])
+def test_calls_are_kept_evenly_and_others_of_every_trajectory(wanted):
+    count, seen = 25, set()
+    for number in range(40):
+        places = calibrate._spread(count, wanted, number)
+        assert len(places) == min(count, wanted)
+        assert 0 <= places[0] <= places[-1] < count
+        assert np.diff(places).max(initial=0) <= -(-count // wanted)
+        seen |= set(places)
+    assert seen == set(range(count))
+
+
 @pytest.mark.parametrize("family", ["sd3", "sd15"])
 def test_calls_are_recorded_at_all_noise_levels(family, tiny_bundles):
     prompts = ["a red circle", "a blue square on a white background", "a ring"]

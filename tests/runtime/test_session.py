@@ -322,7 +322,7 @@ def test_a_picture_tells_its_own_retries(bundles, monkeypatch):
 
 
 def test_which_providers_flip_is_told_with_its_source():
-    assert {row.name for row in PROVIDERS.values() if row.flaky} == {"coreml", "directml", "openvino"}
+    assert {row.name for row in PROVIDERS.values() if row.flaky} == {"coreml", "directml", "openvino", "ryzenai"}
 
 
 def test_the_cpu_takes_no_options(bundles):

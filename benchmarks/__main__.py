@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
-from runtime.__main__ import carried_out, own_stdout
+from runtime.__main__ import carried_out, leave, own_stdout
 
 from . import latency, orders, quality, scaling
 
@@ -21,4 +20,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     own_stdout()
-    sys.exit(main())
+    leave(main())

@@ -6,9 +6,12 @@ Knows nothing of what is measured.
 from __future__ import annotations
 
 import argparse
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from epd.table import write_whole
 
 
 def add_device(command: argparse.ArgumentParser) -> None:
@@ -50,26 +53,20 @@ def check_outputs(options: argparse.Namespace) -> None:
     for file in (options.csv, options.markdown, options.plot):
         if file is not None and not file.parent.is_dir():
             raise RequestError(f"{file}: no such folder; make it first")
+        if file is not None and file.is_dir():
+            raise RequestError(f"{file}: a folder; give a file name")
 
 
 def write(file: Path, text: str) -> None:
-    """Written to another name first: what is found under its own name is whole."""
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+    """As UTF-8, the whole of it or nothing."""
+    write_whole(file, text.encode())
 
 
 def save(figure: Any, file: Path) -> None:
     """A matplotlib figure as PNG, in the same way."""
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        figure.savefig(partial, format="png")
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_whole(file, buffer.getvalue())
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
@@ -87,7 +84,6 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
 def comma_separated(rows: Sequence[Mapping[str, Any]]) -> str:
     """One line a row under the names of the first, all digits, empty where a number does not apply."""
     import csv
-    import io
 
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")

@@ -7,7 +7,7 @@ activations than a finished picture, and the empty prompt others than a long one
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +86,9 @@ class _Tap:
         parts = cut((self.rows,) * (count // self.rows))
         self.calls += [{name: value[part] for name, value in given.items()} for part in parts]
         return self.session(want=want, **feeds)
+
+    def fit(self, arrays: Mapping[str, ArrayLike]) -> Mapping[str, ArrayLike]:
+        return self.session.fit(arrays)
 
 
 def _drawn(pipe: Pipeline, prompts: Sequence[str], seed: int, rows: int) -> list[Feed]:

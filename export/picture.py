@@ -57,7 +57,7 @@ class ByTorch(Session):
         return self.bundle.facts.components[self.component].outputs
 
     def __call__(self, *, want: Collection[str] | None = None, **arrays: ArrayLike) -> dict[str, Any]:
-        feeds = {tensor.name: np.ascontiguousarray(arrays[tensor.name], tensor.dtype) for tensor in self.inputs}
+        feeds = {tensor.name: np.array(arrays[tensor.name], tensor.dtype) for tensor in self.inputs}  # torch may write
         with torch.inference_mode():
             answer = self._module(*map(torch.from_numpy, feeds.values()))[0].numpy()
         self.answered.append((feeds, answer))

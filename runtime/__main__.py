@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; 0, 2 for a user's mistake (one line on stderr), 130 for Ctrl-C."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path that the console's encoding has not
     try:
         options = _parser().parse_args(arguments)
     except KeyboardInterrupt:  # while it is imported
@@ -32,6 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def carried_out(options: argparse.Namespace) -> int:
     """Exit status of the command `options.run`, warnings and errors told in one line each on stderr."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path that the console's encoding has not
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     from .errors import RunError
 
@@ -40,6 +40,8 @@ def carried_out(options: argparse.Namespace) -> int:
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `| head` has seen enough
+        return 0
     except OSError as error:
         print(f"error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
         return 2
@@ -397,12 +399,18 @@ def _inspect(options: argparse.Namespace) -> None:
             print(describe_assignments(placed, bundle.backbone))
 
 
-def _leave(status: int) -> NoReturn:
+def leave(status: int) -> NoReturn:
     """Ends the process; without its usual end where Ctrl-C has left a provider compiling, whose library crashes it."""
     from .watched import THREAD
 
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed
-        stream.flush()
+        try:
+            stream.flush()
+        except OSError as error:  # a pipe that nobody reads any more, as after `| head`; a full disk
+            if stream is sys.stdout and not isinstance(error, BrokenPipeError):
+                print(f"error: standard output: {error.strerror}", file=sys.stderr)
+                status = 2
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # Python flushes it once more
     if any(thread.name == THREAD for thread in threading.enumerate()):
         os._exit(status)
     sys.exit(status)
@@ -420,4 +428,4 @@ def own_stdout() -> None:
 
 if __name__ == "__main__":
     own_stdout()
-    _leave(main())
+    leave(main())

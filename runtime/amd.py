@@ -130,7 +130,7 @@ def _room(root: Path, asked: Path) -> str:
         raise BundleError(
             f"{root / NORMAL / 'transformer'}: no */{_DD} in it; AMD's folder is not whole, download it again"
         )
-    below = asked.resolve().relative_to(root.resolve()).parts
+    below = asked.absolute().relative_to(root.absolute()).parts  # not resolved: it may be a link
     if len(below) < 3:
         if len(have) > 1:
             others = ", ".join(str(root / NORMAL / "transformer" / name) for name in have[1:])

@@ -1,8 +1,9 @@
 """`python -m runtime cache list|clear`: what this program keeps in the user's cache, and how to be rid of it.
 
-Kinds: `compiled` (graphs, see `runtime.cache`), `directions` (what was measured, see `runtime.directions`), `tables`
-(fetched ones). Whether a compiled model still fits is told for providers that are here and for this machine; of another
-machine's, or with another environment's provider, nothing is said to be stale.
+Kinds: `compiled` (graphs, see `runtime.cache`), `directions` (what was measured, see `runtime.profiles`), `vitisai`
+(configurations, written anew when needed, see `runtime.vitisai`), `tables` (fetched ones). Whether a compiled model
+still fits is told for providers that are here and for this machine; of another machine's, or with another
+environment's provider, nothing is said to be stale.
 """
 
 from __future__ import annotations
@@ -249,6 +250,11 @@ def _measured(key: dict[str, Any]) -> tuple[State, str]:
     return ("fits", "") if then == release else ("stale", f"onnxruntime {then} -> {release}")
 
 
+def _vitisai(home: Path) -> Iterator[Item]:
+    for file in sorted((home / "vitisai").glob("*.json")):
+        yield Item("vitisai", str(file), _bytes(file), _used(file), provider="VitisAIExecutionProvider")
+
+
 def _tables(home: Path) -> Iterator[Item]:
     for file in sorted(home.glob("*.json")):
         yield Item("tables", str(file), _bytes(file), _used(file), name=file.stem)
@@ -268,5 +274,6 @@ def _used(path: Path) -> str:
 KINDS: dict[str, Callable[[Path], Iterator[Item]]] = {
     "compiled": _compiled,
     "directions": _directions,
+    "vitisai": _vitisai,
     "tables": _tables,
 }

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from epd.catalogue import cache_folder
+from epd.table import write_whole
 
 from . import cachekey
 
@@ -168,14 +169,9 @@ class Profile:
         if self.file is None:
             self.kept = False
             return
-        whole = self.file.with_name(f"{self.file.name}.{os.getpid()}.partial")
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                whole.write_text(content, encoding="utf-8")
-                os.replace(whole, self.file)
-            finally:
-                whole.unlink(missing_ok=True)
+            write_whole(self.file, content.encode())
         except OSError as error:
             self.kept = False
             log.warning("%s: %s; what was measured is not kept", self.file, error.strerror)

@@ -24,7 +24,7 @@ from .bundle import Bundle
 from .errors import BundleError, NotFiniteError, ProviderError, RequestError
 from .facts import Tensor
 from .interrupt import Hand
-from .ort import failures, one_line, onnxruntime
+from .ort import failures, one_line, onnxruntime, require
 from .providers import CPU, check_options, provider_of
 from .rows import calls_of, cut, in_turn, join, rows_of
 from .tensors import declared, fit, not_finite
@@ -110,6 +110,7 @@ class Session:
             for count in counts
         }
         self._lock = threading.Lock()  # for what concurrent calls write
+        self._loading = threading.Lock()  # of calls at once, the first of a graph
         self._running: set[Any] = set()  # run options of the calls under way
 
     @property
@@ -127,12 +128,16 @@ class Session:
         BundleError
             The graph or its data is missing, truncated or damaged.
         """
-        if self._session is not None:
-            return self
         if self._parts:
             self._first().load()
             self._tally()
             return self
+        with self._loading:
+            if self._session is None:
+                self._load()
+        return self
+
+    def _load(self) -> None:
         ort = onnxruntime()
         started = time.perf_counter()
         try:
@@ -155,7 +160,6 @@ class Session:
         self._bind(ort, session)
         self._inputs, self._outputs = declared(session.get_inputs()), declared(session.get_outputs())
         self._session = session
-        return self
 
     def _bind(self, ort: ModuleType, session: Any) -> None:
         """Has the backbone's tensors stay on a device with memory of its own, and those that a CUDA graph captures."""
@@ -173,6 +177,7 @@ class Session:
             row, chosen = self._row, self._provider_options
             session: Any = amd_session.create(ort, self.bundle, self.path, options, row, chosen, given)
             return cache.Started(session, assignment.recorded(session))
+        require(ort, self._row)  # before anything is made for it
         wanted = cache.Wanted(
             self.bundle,
             self.component,

@@ -149,8 +149,9 @@ def aside(folder: Path) -> Iterator[Path]:
     """A new folder beside `folder` to fill and `publish`; what is left of it in the end is removed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in unfinished(folder.parent):
-        if time.time() - left.stat().st_mtime > _OLD:
-            shutil.rmtree(left, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process has just finished it
+            if time.time() - left.stat().st_mtime > _OLD:
+                shutil.rmtree(left, ignore_errors=True)
     made = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=PARTIAL, dir=folder.parent))
     try:
         yield made

@@ -166,6 +166,7 @@ def test_importing_takes_time(monkeypatch):
         (["--provider", "npu"], "npu"),
         (["--solver", "best"], "unknown solver 'best'"),
         (["--markdown", "nowhere/a.md"], "no such folder"),
+        (["--plot", "."], ".: a folder; give a file name"),
     ],
 )
 def test_what_cannot_be_measured(bundles, options, message, capsys):

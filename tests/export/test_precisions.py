@@ -320,7 +320,7 @@ def exported(checkpoint: Path, target: Path, family: str, *words: str) -> Bundle
         ("sd3", ["--dtype", "int4-weights"]),
         ("sd3", ["--dtype", "int8"]),
         ("sd3", ["--dtype", "int8", "--target", "qnn"]),
-        ("sd15", ["--dtype", "w8a16", "--target", "qnn"]),
+        ("sd3", ["--dtype", "w8a16", "--target", "qnn"]),
         ("sd3", ["--dtype", "bf16", "--target", "cuda"]),
     ],
 )

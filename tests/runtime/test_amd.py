@@ -330,6 +330,10 @@ def test_of_several_sizes_one_is_named(theirs, tmp_path, caplog):
     assert f"for others give --model {net / '512_83'}" in caplog.text
     bundle = Bundle.open(net / "512_83")
     assert (bundle.folder, bundle.facts.defaults.height) == (folder, 512)
+    (net / "link").symlink_to(tmp_path / "elsewhere")  # as a cache of the hub's has them
+    (net / "512_83").rename(tmp_path / "elsewhere")
+    assert Bundle.open(net / "link").graph("transformer") == net / "link" / "dd" / "replaced.onnx"
+    (net / "link").rename(net / "512_83")
     (net / "other").mkdir()
     with pytest.raises(BundleError, match="choose from 1024_83, 512_83"):
         Bundle.open(net / "other")

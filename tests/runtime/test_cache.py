@@ -383,7 +383,7 @@ def test_a_process_that_leaves_a_provider_compiling_ends_at_once():
         "import atexit, threading, time; from runtime import __main__, watched",
         "atexit.register(print, 'the usual end')",
         "threading.Thread(target=time.sleep, args=(30,), name=watched.THREAD, daemon=True).start()",
-        "__main__._leave(130)",
+        "__main__.leave(130)",
     )
     ended = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=25)
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
@@ -574,6 +574,8 @@ def test_list_and_clear(home, compiles, bundles, capsys, tmp_path):
     profile = home.parent / "directions" / "a.json"
     profile.write_text(json.dumps({"key": measured}), encoding="utf-8")
     (home.parent / "directions" / "b.json").write_text("{}", encoding="utf-8")
+    (home.parent / "vitisai").mkdir()
+    (home.parent / "vitisai" / "config-0.json").write_text("{}", encoding="utf-8")
     (home.parent / "table.json").write_text("{}", encoding="utf-8")
 
     listed = told(capsys, "list")["items"]
@@ -584,6 +586,7 @@ def test_list_and_clear(home, compiles, bundles, capsys, tmp_path):
         "left.partial": ("compiled", "unfinished"),
         "a.json": ("directions", "elsewhere"),
         "b.json": ("directions", "broken"),
+        "config-0.json": ("vitisai", "fits"),
         "table.json": ("tables", "fits"),
     }
     (entry,) = [item for item in listed if Path(item["path"]).name == whole]
@@ -626,8 +629,8 @@ def test_what_fits_no_more_is_listed_as_stale(home, compiles, bundles, capsys, m
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["clear"], "say what to remove: compiled, directions, tables, --provider NAME, --stale or --all"),
-        (["clear", "all"], "unknown kind 'all'; choose from compiled, directions, tables"),
+        (["clear"], "say what to remove: compiled, directions, vitisai, tables, --provider NAME, --stale or --all"),
+        (["clear", "all"], "unknown kind 'all'; choose from compiled, directions, vitisai, tables"),
         (["list", "--provider", "npu"], "unknown provider 'npu'; choose from cpu, cuda"),
     ],
 )

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -237,6 +238,23 @@ def test_from_metadata_keeps_what_is_not_asked_for(bundles, tmp_path, capsys):
     assert printed("red", "--solver", "epd", "-k", "2", "--steps", "5", "-o", file) == ("epd", 5, 15)
     assert printed("--from-metadata", file, "-o", other, "--solver", "euler") == ("euler", 5, 5)
     assert printed("--from-metadata", file, "-o", other, "-k", "3") == ("epd", 5, 20)
+
+
+@pytest.mark.parametrize("command", [["solvers"], ["solvers", "--json"]])
+def test_a_reader_that_has_seen_enough(command):
+    """As `head`, which closes the pipe: nothing is said of it."""
+    command = [sys.executable, "-m", "runtime", *command]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(60)) == ("", 0)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_under_standard_output_is_told():
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "runtime", "solvers"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (2, "error: standard output: No space left on device\n")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for one process")

@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 
 from runtime import cache, cachekey, devices, ryzenai, vitisai
+from runtime import session as sessions
 from runtime.__main__ import main
 from runtime.bundle import Bundle
 from runtime.errors import ProviderError
@@ -184,12 +185,19 @@ def test_a_session_gives_them_to_the_provider(bundle, monkeypatch, tmp_path):
         return [("CPUExecutionProvider", {})]  # as if it could not start
 
     monkeypatch.setattr(cache, "add_provider", add)
-    monkeypatch.setattr(cachekey, "require", lambda ort, row: ())
+    for module in (cachekey, sessions):
+        monkeypatch.setattr(module, "require", lambda ort, row: ())
     with pytest.raises(ProviderError, match="asked for VitisAIExecutionProvider, onnxruntime would run it on CPU"):
         Session(bundle, "transformer", provider="vitisai", provider_options={"log_level": "info"}).load()
     assert given.pop("cache_key") == "model"
     assert Path(given.pop("cache_dir")).parent == tmp_path / "cache" / "tables" / "compiled"
     assert given == filled(bundle, log_level="info")
+
+
+def test_where_it_is_not_nothing_is_written_for_it(bundle, tmp_path):
+    with pytest.raises(ProviderError, match="VitisAIExecutionProvider is not in the installed onnxruntime"):
+        Session(bundle, "transformer", provider="vitisai").load()
+    assert not (tmp_path / "cache").exists()
 
 
 def test_the_cache_key_holds_the_release(bundle, monkeypatch):

@@ -99,7 +99,7 @@ def make(checkpoint: Checkpoint, options: Options) -> Plan:
             f"{option}: of the backbone's graphs, which are not among --components; leave one of them out"
         )
     if dtype == "w8a16" and facts.family == "sd15":  # compiles for QNN and ends the emulator at its first run
-        raise ExportError("--dtype w8a16: for transformers; of a UNet give --dtype int8 or fp16")
+        raise ExportError("--dtype w8a16: for transformers; of a UNet give --dtype int8, or leave it out")
     whole = set(REQUIRED[facts.family]) <= set(chosen)
     if dtype in CALIBRATED and BACKBONE[facts.family] in chosen and not whole:
         raise ExportError(

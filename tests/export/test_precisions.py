@@ -219,6 +219,10 @@ def test_every_precision_of_a_target_has_what_it_takes():
         (["--target", "directml", "--dtype", "int8-weights"], "--dtype int8-weights: --target directml takes"),
         (["--target", "cuda", "--dtype", "bf16", "--opset", "20"], "--opset 20: CUDA's convolutions take bf16 from"),
         (["--target", "qnn", "--t5", "int4"], "--t5 int4: --target qnn has no kernels for such weights"),
+        (
+            ["--target", "vitisai", "--dtype", "w8a16"],
+            "--dtype w8a16: for transformers; of a UNet give --dtype int8, or",
+        ),
         (["--dtype", "int8", "--components", "unet"], "--dtype int8: is calibrated on drawings"),
         (["--picture-check", "2"], "--picture-check 2: the backbone is in fp32 itself"),
         (["--dtype", "fp16", "--picture-check", "-1"], "--picture-check -1: give a number of prompts"),

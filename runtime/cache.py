@@ -11,6 +11,7 @@ Tells by log lines. Knows nothing of pipelines.
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import functools
 import logging
@@ -35,6 +36,7 @@ from .shelf import BrokenError, Entry
 from .watched import watched
 
 log = logging.getLogger(__name__)
+_late: set[Path] = set()  # folders whose files are recorded when the process ends
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,12 @@ def _cached(ort: ModuleType, wanted: Wanted, folder: Path, entry: Entry) -> Star
 
 def _own_cached(ort: ModuleType, wanted: Wanted, folder: Path, entry: Entry) -> Started:
     """With what the provider keeps itself; it may compile again all the same, which its files show."""
+    for name in shelf.unlisted(folder, entry):
+        log.warning("%s: %s was left by a process that was killed; it is removed", wanted, folder / name)
+        with suppress(OSError):  # another process has it open
+            (folder / name).unlink()
     began, before = time.perf_counter(), shelf.stamps(folder)
+    _record_at_end(wanted, folder)
     session = _session(ort, wanted, wanted.graph, wanted.options(True), _own(wanted.row, folder))
     nodes, seconds = assignment.recorded(session), time.perf_counter() - began
     if (now := shelf.stamps(folder)) != before or now.keys() != entry.files.keys():
@@ -224,8 +231,9 @@ def _compile(ort: ModuleType, wanted: Wanted, key: Key, folder: Path) -> Started
             raise
         nodes = assignment.recorded(session)
         told = None if nodes is None else [f"{node.operator} {node.provider} {node.name}" for node in nodes]
-        entry = replace(entry, seconds=round(time.perf_counter() - began, 3), nodes=told)
+        entry = replace(entry, seconds=max(0.001, round(time.perf_counter() - began, 3)), nodes=told)  # 0: half-made
         _keep(wanted, entry, place, folder)
+    _record_at_end(wanted, folder)
     return Started(session, nodes, time.perf_counter() - began)
 
 
@@ -241,6 +249,21 @@ def _keep(wanted: Wanted, entry: Entry, place: Path, folder: Path) -> None:
             shelf.publish(place, folder)
     except OSError as error:
         _tell_once(f"{folder.parent}: {error.strerror or error}; compiled models are not kept")
+
+
+def _record_at_end(wanted: Wanted, folder: Path) -> None:
+    """Has the files that a provider adds in calls recorded when the process ends: unrecorded ones are not trusted."""
+    if wanted.row.kept is not None and wanted.row.kept.late and folder not in _late:
+        _late.add(folder)
+        atexit.register(record, folder)
+
+
+def record(folder: Path) -> None:
+    """Records the files of a folder as they are now, if there are new ones."""
+    with suppress(BrokenError, OSError):
+        entry = shelf.read(folder)
+        if shelf.unlisted(folder, entry):
+            shelf.write(folder, replace(entry, files=shelf.files(folder)))
 
 
 def _tell_changes(wanted: Wanted, key: Key, folders: Path) -> None:

@@ -37,20 +37,25 @@ def verify(bundle: Bundle) -> None:
 def assignments(bundle: Bundle, provider: str, options: Mapping[str, str]) -> list[Assignment]:
     """Where every component's nodes run on a provider, whatever part of them falls back; loads every graph.
 
+    Of graphs of several row counts the one that has least on the provider.
+
     Raises
     ------
     BundleError, ProviderError
         Also where this release of onnxruntime cannot tell.
     """
     placed = []
-    for name in bundle.facts.components:
-        with Session(bundle, name, provider=provider, provider_options=options, fallback="allowed") as session:
-            if session.assignment is None:
-                raise ProviderError(
-                    f"{name}: this release of onnxruntime cannot tell where its nodes run on {provider}"
-                )
-            placed.append(session.assignment)
+    for name, component in bundle.facts.components.items():
+        graphs = (_assignment(bundle, name, rows, provider, options) for rows in component.rows or (None,))
+        placed.append(min(graphs, key=lambda one: one.share))
     return placed
+
+
+def _assignment(bundle: Bundle, name: str, rows: int | None, provider: str, options: Mapping[str, str]) -> Assignment:
+    with Session(bundle, name, provider=provider, provider_options=options, fallback="allowed", rows=rows) as session:
+        if session.assignment is None:
+            raise ProviderError(f"{name}: this release of onnxruntime cannot tell where its nodes run on {provider}")
+        return session.assignment
 
 
 def describe_assignments(placed: list[Assignment], backbone: str) -> str:

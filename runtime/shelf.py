@@ -60,13 +60,15 @@ def look(folder: Path, how: Literal["context", "option"], key: Key | None = None
     Parameters
     ----------
     how
-        Of the provider's row. One that keeps its files itself may have added some since.
+        Of the provider's row. One that keeps its files itself may have added some since: see `unlisted`.
     key
         That it must be of.
     """
     entry = read(folder)
     if key is not None and entry.key != key:
         raise BrokenError("is of another key than its name says")
+    if not entry.seconds:
+        raise BrokenError("was left half-made")
     have = sizes(folder)
     if missing := sorted(entry.files.keys() - have.keys()):
         raise BrokenError(f"lacks {missing[0]}")
@@ -78,6 +80,11 @@ def look(folder: Path, how: Literal["context", "option"], key: Key | None = None
         if fingerprint(folder / name) != file["sha256"]:
             raise BrokenError(f"has a changed {name}")
     return entry
+
+
+def unlisted(folder: Path, entry: Entry) -> list[str]:
+    """Files that no process has recorded: half-written ones, it may be, of one that was killed."""
+    return sorted(sizes(folder).keys() - entry.files.keys())
 
 
 def read(folder: Path) -> Entry:

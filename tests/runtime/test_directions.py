@@ -437,7 +437,7 @@ def test_what_cannot_be_asked_for(asked, providers, message):
         check(asked, providers)
 
 
-def test_a_profile_is_of_one_device_and_model(bundles, monkeypatch, tmp_path):
+def test_a_profile_is_of_one_device_and_model(bundles, monkeypatch):
     def key(pipe, **asked):
         return json.dumps(pipe._key(pipe.plan("red", **asked)), sort_keys=True)
 
@@ -455,7 +455,7 @@ def test_a_profile_is_of_one_device_and_model(bundles, monkeypatch, tmp_path):
         lambda: monkeypatch.setattr(profiles.cachekey.platform, "node", lambda: "another"),
         lambda: monkeypatch.setenv("OMP_NUM_THREADS", "3"),
         lambda: monkeypatch.setattr(profiles, "usable_cores", lambda: 1000),
-        lambda: monkeypatch.setattr("runtime.pipeline.drivers", lambda row: {"driver": "2.7.0"}),
+        lambda: monkeypatch.setattr("runtime.pipeline.drivers", lambda row: {"npu": "2.7.0"}),
         lambda: monkeypatch.setattr("runtime.pipeline.base_wheels", lambda: {"onnxruntime": "1.99"}),
     ]
     for change in changes:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import tiny_bundle
 
+from runtime import assignment
 from runtime.__main__ import main
 from runtime.bundle import Bundle, sha256
 from runtime.errors import BundleError, RequestError
@@ -157,3 +159,14 @@ def test_inspect_tells_the_target_and_the_rows_and_verifies_every_graph(static, 
     tiny_bundle.change(folder, components={**facts.components, "unet": unet})
     with pytest.raises(BundleError, match=r"components\.unet\.rows is \[2, 4, 6\]"):
         Bundle.open(folder)
+
+
+@pytest.mark.skipif(not assignment.tells(onnxruntime), reason="this onnxruntime cannot tell of nodes")
+def test_inspect_loads_the_graphs_of_all_rows(tmp_path, capsys):
+    folder = make_static(tiny_bundle.bundle(tmp_path / "b", "sd15"), (2, 4))
+    assert main(["inspect", str(folder), "--provider", "cpu"]) == 0
+    assert capsys.readouterr().out.count("unet: 100 % of") == 1
+    graph = Bundle.open(folder).graph("unet", 4)
+    graph.write_bytes(bytes(graph.stat().st_size))
+    assert main(["inspect", str(folder), "--provider", "cpu"]) == 2
+    assert f"error: {graph}: onnxruntime cannot load it" in capsys.readouterr().err

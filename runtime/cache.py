@@ -253,7 +253,7 @@ def _keep(wanted: Wanted, entry: Entry, place: Path, folder: Path) -> None:
 
 def _record_at_end(wanted: Wanted, folder: Path) -> None:
     """Has the files that a provider adds in calls recorded when the process ends: unrecorded ones are not trusted."""
-    if wanted.row.kept is not None and wanted.row.kept.late and folder not in _late:
+    if wanted.row.kept is not None and wanted.row.kept.how == "option" and folder not in _late:
         _late.add(folder)
         atexit.register(record, folder)
 

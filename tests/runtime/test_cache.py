@@ -423,15 +423,28 @@ def test_a_providers_own_cache(late, home, keeps, bundles, caplog):
     assert Path(seen[-1]["folder"]).suffix == ("" if late else shelf.PARTIAL)
     assert shelf.read(home / name).files.keys() == {"blob"}
     (home / name / "added").write_bytes(b"when it was called")
+    cache.record(home / name)  # as at the process's end
+    (home / name / "half").write_bytes(b"by a process that was killed")
     second, again = run(bundles["sd15"])
     assert seen[-1] == {"folder": str(home / name), "on": "1"}
     assert again.compile_seconds == 0
     assert np.array_equal(first, second)
-    assert shelf.read(home / name).files.keys() == {"blob", "added"}
+    assert "half was left by a process that was killed; it is removed" in caplog.text
+    assert shelf.sizes(home / name).keys() == shelf.read(home / name).files.keys() == {"blob", "added"}
     (home / name / "added").write_bytes(b"otherwise")
     run(bundles["sd15"])
     assert "it is removed and compiled anew" in caplog.text
     assert shelf.read(home / name).files.keys() == {"blob"}
+
+
+def test_one_that_a_killed_process_left_half_made_is_made_anew(home, keeps, bundles, caplog):
+    seen = keeps(late=True)
+    run(bundles["sd15"])
+    (name,) = folders(home)
+    shelf.write(home / name, dataclasses.replace(shelf.read(home / name), seconds=0.0, files={}))
+    assert run(bundles["sd15"])[1].compile_seconds > 0
+    assert "was left half-made; it is removed and compiled anew" in caplog.text
+    assert len(seen) == 2
 
 
 def test_a_provider_that_compiles_again_is_told(home, keeps, bundles, caplog):

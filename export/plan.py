@@ -176,10 +176,12 @@ def trial_size(facts: Facts, height: int, width: int) -> tuple[int, int]:
 
 
 def predict(plan: Plan) -> dict[str, dict[str, int]]:
-    """Bytes that each component will take: on disk, and of memory while it is exported and while parity is tried.
+    """Bytes that each component will take: on disk at most, and of memory while it is exported and parity is tried.
 
     An estimate, from what the processes hold at their largest: the programs themselves 0.8 GB; exporting the weights
-    once and a tenth more; parity them in fp32 and a share of the graph's copy. What it took in truth is in the report.
+    once and a tenth more; calibrating 25 bytes a weight (measured at 0.2 GB of them); parity them in fp32 and a share
+    of the graph's copy. What is quantised lies on disk beside what it is made of. What it took in truth is in the
+    report.
     """
     from .components import TRACED, count_parameters
 
@@ -188,10 +190,12 @@ def predict(plan: Plan) -> dict[str, dict[str, int]]:
         parameters = count_parameters(component, plan.checkpoint.folder, plan.facts)
         disk = int(parameters * _BYTES.get(at, 2))
         traced = int(parameters * _BYTES.get(TRACED.get(at, at), 2))
+        passing = parameters * 4 if at == "bf16" else traced if traced != disk else 0
+        calibrating = parameters * 25 if at in CALIBRATED else 0
         predicted[component] = {
             "parameters": parameters,
-            "disk_bytes": disk,
-            "export_ram_bytes": 800_000_000 + traced * 11 // 10 + (disk if traced != disk else 0),
+            "disk_bytes": disk + passing,
+            "export_ram_bytes": 800_000_000 + max(traced * 11 // 10 + (disk if traced != disk else 0), calibrating),
             "parity_ram_bytes": 800_000_000 + parameters * 4 + disk // 2,
         }
     return predicted

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 import epd
+from runtime.memory import peak_rss_bytes
 from runtime.plan import Plan
 from runtime.profiles import Others, timing
 
@@ -205,7 +206,7 @@ def measure(pipe: Pipeline, plan: Plan, runs: int, warmup: int, progress: Callab
         way=report.directions,
         provider=report.provider,
         placed=tuple(str(one.assignment) for one in pipe.sessions.values() if one.assignment is not None),
-        peak_rss_bytes=_peak(),
+        peak_rss_bytes=peak_rss_bytes(),
         import_seconds=imported,
         first=first,
         runs=tuple(timed),
@@ -245,15 +246,9 @@ def _totals(pipe: Pipeline) -> dict[str, tuple[float, float]]:
     return {name: (session.run_seconds, session.load_seconds) for name, session in pipe.sessions.items()}
 
 
-def _peak() -> int | None:
-    from runtime.memory import peak_rss_bytes
-
-    return peak_rss_bytes()
-
-
 def _import_seconds() -> float:
     done = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, encoding="utf-8", check=True)
-    return float(done.stdout)
+    return float(done.stdout.split()[-1])
 
 
 def add(commands: Any) -> None:

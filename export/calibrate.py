@@ -7,13 +7,15 @@ activations than a finished picture, and the empty prompt others than a long one
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 import epd
+from runtime.bundle import Bundle
 from runtime.noise import Stream
 from runtime.pipeline import Pipeline
 from runtime.rows import cut
@@ -54,8 +56,10 @@ def record(folder: Path, *, prompts: Sequence[str], count: int, seed: int = SEED
     """
     if count < 1 or not prompts:
         raise ValueError(f"calibration needs prompts and a number of calls, got {len(prompts)} and {count}")
-    pipe = Pipeline.from_pretrained(folder)
-    rows = (*pipe.bundle.facts.components[pipe.bundle.backbone].rows, 2)[0]
+    bundle = Bundle.open(folder)
+    rows = (*bundle.facts.components[bundle.backbone].rows, 2)[0]
+    tap = _Tap(bundle, rows)
+    pipe = Given(bundle, tap)
     halves = 2 if pipe.plan("").guided else 1
     images = rows // math.gcd(rows, halves)  # so that every call is some whole graphs' rows
     groups = [prompts[i : i + images] for i in range(0, len(prompts), images)]
@@ -65,7 +69,7 @@ def record(folder: Path, *, prompts: Sequence[str], count: int, seed: int = SEED
         for number in range(most):
             group = groups[number * len(groups) // most]
             told = [group[i % len(group)] for i in range(images)]
-            calls = _drawn(pipe, told, seed + number * images, rows)
+            calls = _drawn(pipe, tap, told, seed + number * images)
             wanted = count * (number + 1) // most - count * number // most
             kept += [calls[i] for i in _spread(len(calls), wanted, number)]
     finally:
@@ -73,37 +77,41 @@ def record(folder: Path, *, prompts: Sequence[str], count: int, seed: int = SEED
     return kept
 
 
-class _Tap:
-    """A session that keeps the inputs of its calls, cut to `rows` each."""
+class Given(Pipeline):
+    """A pipeline whose backbone is a session that is given."""
 
-    def __init__(self, session: Session, rows: int) -> None:
-        self.session, self.rows = session, rows
-        self.calls: list[Feed] = []
-
-    def __call__(self, *, want: Collection[str] | None = None, **feeds: ArrayLike) -> dict[str, np.ndarray]:
-        given = {tensor.name: np.asarray(feeds[tensor.name], tensor.dtype) for tensor in self.session.inputs}
-        count = len(next(iter(given.values())))
-        parts = cut((self.rows,) * (count // self.rows))
-        self.calls += [{name: value[part] for name, value in given.items()} for part in parts]
-        return self.session(want=want, **feeds)
-
-    def fit(self, arrays: Mapping[str, ArrayLike]) -> Mapping[str, ArrayLike]:
-        return self.session.fit(arrays)
+    def __init__(self, bundle: Bundle, backbone: Session) -> None:
+        super().__init__(bundle, directions="batch")
+        self._sessions[bundle.backbone] = backbone
 
 
-def _drawn(pipe: Pipeline, prompts: Sequence[str], seed: int, rows: int) -> list[Feed]:
+class _Tap(Session):
+    """A backbone that keeps the inputs of its calls, cut to so many rows each."""
+
+    def __init__(self, bundle: Bundle, each: int) -> None:
+        super().__init__(bundle, bundle.backbone)
+        self._each = each
+        self.taken: list[Feed] = []
+
+    def __call__(self, *, want: Collection[str] | None = None, **arrays: ArrayLike) -> dict[str, Any]:
+        given = {tensor.name: np.asarray(arrays[tensor.name], tensor.dtype) for tensor in self.inputs}
+        parts = cut((self._each,) * (len(next(iter(given.values()))) // self._each))
+        self.taken += [{name: value[part] for name, value in given.items()} for part in parts]
+        return super().__call__(want=want, **arrays)
+
+
+def _drawn(pipe: Pipeline, tap: _Tap, prompts: Sequence[str], seed: int) -> list[Feed]:
     """All calls of two drawings of these prompts, each from noise of its own; image i has seed + i."""
     one = pipe.plan(prompts[0], solver="euler", num_inference_steps=STEPS)
     two = pipe.plan(prompts[0], solver="epd", k=2, num_inference_steps=INTERVALS)
     slopes = pipe.slopes(prompts, one.guidance)
-    tap = _Tap(slopes.backbone, rows)
-    slopes.sessions = (tap,)  # type: ignore[assignment]
+    tap.taken = []
     streams = [Stream(seed + i) for i in range(len(prompts))]
     for plan in (one, two):
         noise = np.stack([stream.randn(plan.latent_shape) for stream in streams]).astype(np.float64)
         for _ in epd.solve(plan.coroutine(np.zeros_like), plan.start_scale * noise, slopes):
             pass
-    return tap.calls
+    return tap.taken
 
 
 def _spread(count: int, wanted: int, number: int) -> list[int]:

@@ -25,6 +25,7 @@ from runtime.pipeline import Pipeline
 from runtime.session import Session
 
 from . import ExportError
+from .calibrate import Given
 from .plan import PICTURE_STEPS
 
 if TYPE_CHECKING:
@@ -64,19 +65,11 @@ class ByTorch(Session):
         return {self.outputs[0].name: answer}
 
 
-class _With(Pipeline):
-    """A pipeline whose backbone is a session that is given."""
-
-    def __init__(self, bundle: Bundle, backbone: Session) -> None:
-        super().__init__(bundle, directions="batch")
-        self._sessions[bundle.backbone] = backbone
-
-
 def compare(job: Job) -> dict[str, Any]:
     """PSNR in dB of pictures, and the backbone's largest error in them; ExportError below the precision's limit."""
     bundle = Bundle.open(Path(job.folder).parent)
     reference = ByTorch(bundle, _module(job, "fp32"))
-    expected = _draw(_With(bundle, reference), job.prompts)
+    expected = _draw(Given(bundle, reference), job.prompts)
     answered = reference.answered
     del reference
     gc.collect()
@@ -84,7 +77,7 @@ def compare(job: Job) -> dict[str, Any]:
     session = ByTorch(bundle, _module(job, job.precision)) if by_torch else Session(bundle, bundle.backbone)
     limit = LIMIT_DB[job.precision]
     try:
-        psnr = float(np.mean(_psnr(_draw(_With(bundle, session), job.prompts), expected)))
+        psnr = float(np.mean(_psnr(_draw(Given(bundle, session), job.prompts), expected)))
         error = _largest_error(session, answered)
     except NotFiniteError as failure:
         raise ExportError(f"{failure}; {_REMEDY}") from None

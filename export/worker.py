@@ -1,7 +1,8 @@
 """One component in a process of its own: `python -m export.worker JOB.json`, so that its memory goes back when it ends.
 
-A job is done in two such processes: `export` traces and writes the graph, `parity` compares it with torch. Parity is
-tried at a small latent size: where the picture is larger, `export` traces the same module a second time at that size,
+A component is done in two such processes: `export` traces and writes the graph, `parity` compares it with torch. When
+all are there, further ones may quantise the backbone (`calibrate`) and compare pictures (`picture`). Parity is tried at
+a small latent size: where the picture is larger, `export` traces the same module a second time at that size,
 over the weights of the first graph's data file, and only sizes may differ between the two graphs.
 """
 
@@ -98,6 +99,7 @@ def export(job: Job) -> dict[str, Any]:
     found = [_export_graph(job, facts, module, rows) for rows in job.rows or (None,)]
     del module
     _rewrite(job)
+    _check_operators(job)
     return {
         "inputs": [asdict(tensor) for tensor in agreed.inputs],
         "outputs": [asdict(tensor) for tensor in agreed.outputs],
@@ -127,7 +129,6 @@ def _export_graph(job: Job, facts: Any, module: Any, rows: int | None) -> dict[s
         graph.save(model, path)
     else:
         graph.save_sharing(model, path, first)
-    _check_operators(job, path)
     found = macs.count(path, ROWS, rows or 1)
     del model
     if small != agreed:
@@ -191,6 +192,7 @@ def calibrate(job: Job) -> dict[str, Any]:
     rest = [feed for number, feed in enumerate(feeds, 1) if number % HELD_OUT]
     operators: Any = "all" if TARGETS[job.target].static else "products"
     quantise(list(files.values()), rest, activations=CALIBRATED[job.precision], operators=operators)
+    _check_operators(job)
     got = [_answers(file, held, rows) for rows, file in files.items()]
     pairs = zip(got, expected, strict=True)
     error = float(np.max([np.abs(one - other).max() / np.abs(other).max() for one, other in pairs]))
@@ -212,11 +214,12 @@ def _answers(file: Path, feeds: dict[str, Any], rows: int | None) -> Any:
     return np.concatenate([session.run(None, call)[0] for call in calls])
 
 
-def _check_operators(job: Job, path: Path) -> None:
-    """ExportError for what the target cannot run of a graph, by the rules of `export.lint` for operators."""
+def _check_operators(job: Job) -> None:
+    """ExportError for what the target cannot run of the graphs, by the rules of `export.lint` for operators."""
     from .lint import OPERATORS, TARGETS, lint
 
-    found = lint([path], job.target, OPERATORS) if job.target in TARGETS else ()
+    files = [_graph_file(job, GRAPH, rows) for rows in job.rows or (None,)]
+    found = lint(files, job.target, OPERATORS) if job.target in TARGETS else ()
     if told := [one for one in found if not one.advice]:
         raise ExportError(
             f"{job.component}: --target {job.target} cannot run its graph: {told[0].what} ({told[0].where}; findings: "

@@ -288,7 +288,9 @@ def _recorded(file: Path, pipe: Pipeline, asked: dict[str, Any]) -> dict[str, An
     from .record import recorded
 
     prompt, negative, settings = png.read_parameters(file)
-    return {"prompt": prompt, "negative_prompt": negative} | recorded(file, settings, pipe.bundle, asked, pipe.provider)
+    return {"prompt": prompt, "negative_prompt": negative} | recorded(
+        file, settings, pipe.bundle, asked, pipe.providers
+    )
 
 
 def _parameters(bundle: Bundle, result: Result, seed: int) -> str:
@@ -423,7 +425,7 @@ def own_stdout() -> None:
         os.dup2(2, 1)
     except OSError:  # closed, as Python's own is then
         return
-    sys.stdout = open(ours, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115, PTH123
+    sys.stdout = os.fdopen(ours, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def compiled_pieces(graph: Path) -> Path:
 def sizes(root: Path) -> list[str]:
     """Names of the folders that hold a transformer, `dynamic` first, then the largest size."""
     found = [graph.parent.parent.name for graph in (root / NORMAL / "transformer").glob(f"*/{_DD}")]
-    numbers = {name: int(re.match(r"\d*", name)[0] or 0) for name in found}  # type: ignore[index]
+    numbers = {name: int("0" + re.findall(r"^\d*", name)[0]) for name in found}
     flat = [""] if (root / NORMAL / "transformer" / _DD).is_file() else []
     return sorted(found, key=lambda name: (name != "dynamic", -numbers[name], name)) + flat
 

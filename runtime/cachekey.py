@@ -43,7 +43,11 @@ _ADAPTERS = (  # Windows' classes of displays and of compute accelerators, which
 def key_of(ort: ModuleType, row: Provider, chosen: Mapping[str, str], bundle: Bundle, graph: Path) -> Key:
     """The key of a graph of a bundle on a provider with `chosen` options; ProviderError if it is not here."""
     answered = {name for plugin in row.plugins for name in plugin.fills} - chosen.keys()  # paths of its package
-    options = {name: _content(value) for name, value in settled(row, chosen).items() if name not in answered}
+    options = {
+        name: _content(value) if row.options[name].kind == "path" else value
+        for name, value in settled(row, chosen).items()
+        if name not in answered
+    }
     key = {
         "graph": graph_key(bundle, graph),
         "provider": row.ort,
@@ -52,7 +56,8 @@ def key_of(ort: ModuleType, row: Provider, chosen: Mapping[str, str], bundle: Bu
         "machine": machine(),
         **environment(ort, row),
     }
-    return json.loads(json.dumps(key))  # type: ignore[no-any-return]
+    told: Key = json.loads(json.dumps(key))
+    return told
 
 
 def machine() -> dict[str, str]:
@@ -61,11 +66,9 @@ def machine() -> dict[str, str]:
 
 
 def _content(value: str) -> str:
-    """A provider option; of a configuration file what is in it."""
+    """An option that names a path; of a file, such as a configuration, what is in it."""
     file = Path(value)
-    if file.suffix == ".json" and file.is_file():
-        return f"{file.name} {sha256(file)}"
-    return value
+    return f"{file.name} {sha256(file)}" if file.is_file() else value
 
 
 def digest(key: Key) -> str:

@@ -102,7 +102,7 @@ class Pipeline:
         check(directions, len(rows))
         if session_options is not None and len(rows) > 1:
             raise ProviderError("session_options are made for one provider; leave them out, or name one provider")
-        self._providers = [row.ort for row in rows]
+        self.providers = [row.ort for row in rows]  # ONNX Runtime's names
         self.bundle, self.provider, self.directions = bundle, provider, directions
         self.options = dict(provider_options or {})  # of the first provider
         self._options = {"provider_options": provider_options, "session_options": session_options}
@@ -292,7 +292,7 @@ class Pipeline:
         if self.bundle.facts.target == LIGHT.name:
             self._session("vae_decoder").load()  # the first one sets the size of a buffer, and it needs the larger
         backbone = self._session(self.bundle.backbone).load()
-        others = [self._session(self.bundle.backbone, index).load() for index in range(1, len(self._providers))]
+        others = [self._session(self.bundle.backbone, index).load() for index in range(1, len(self.providers))]
         return Slopes(backbone, self.bundle.facts, halves, guidance, directions_of(backbone), interval, others)
 
     def decode(self, x: NDArray[np.float64]) -> NDArray[np.float32]:
@@ -334,11 +334,11 @@ class Pipeline:
         """All that the cost of the backbone's calls depends on, but for their rows."""
         options = self._options["session_options"]
         settings = ("intra_op_num_threads", "inter_op_num_threads", "execution_mode", "graph_optimization_level")
-        rows = [provider_of(name) for name in self._providers]
+        rows = [provider_of(name) for name in self.providers]
         plugins = [plugin.package for row in rows for plugin in row.plugins]
         return {
             "bundle": self.identity(),
-            "providers": self._providers,
+            "providers": self.providers,
             "options": self.options,
             "latent": plan.latent_shape,
             "session": [str(getattr(options, name, "")) for name in settings],
@@ -353,7 +353,7 @@ class Pipeline:
         if name not in self._sessions:
             options = self._options | ({"provider_options": None} if index else {})
             self._sessions[name] = Session(
-                self.bundle, component, provider=self._providers[index], fallback=self._fallback, **options
+                self.bundle, component, provider=self.providers[index], fallback=self._fallback, **options
             )
         return self._sessions[name]
 

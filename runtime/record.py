@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,6 @@ from .bundle import Bundle
 from .errors import RequestError
 from .plan import Plan
 from .png import version
-from .providers import provider_name
 from .tables import load_table
 
 if TYPE_CHECKING:
@@ -55,11 +54,12 @@ def settings(bundle: Bundle, plan: Plan, report: Report, seed: int) -> dict[str,
 
 
 def recorded(
-    file: Path, line: Mapping[str, str], bundle: Bundle, asked: Mapping[str, Any], provider: str
+    file: Path, line: Mapping[str, str], bundle: Bundle, asked: Mapping[str, Any], providers: Sequence[str]
 ) -> dict[str, Any]:
     """Arguments of `make_plan` from a picture's settings line, without those that what is `asked` replaces.
 
-    A warning says where `provider` or the backbone's precision is another than the picture's.
+    A warning says where it was drawn on others than `providers` (ONNX Runtime's names), or at another precision of the
+    backbone.
 
     Raises
     ------
@@ -79,8 +79,9 @@ def recorded(
             f"{file}: drawn with another export of {facts.name} (bundle {line.get('Bundle hash')}); "
             "give that bundle with --model"
         )
-    providers = ",".join(provider_name(one.strip()) for one in provider.split(","))
-    here = {"Provider": providers, "Precision": facts.components[bundle.backbone].precision}
+    here = {"Precision": facts.components[bundle.backbone].precision}
+    if not {*line.get("Provider", "").split(",")} <= {*providers}:  # of several asked for, one may have drawn alone
+        here["Provider"] = ",".join(providers)
     if other := [f"{key} {line.get(key)} (here {value})" for key, value in here.items() if line.get(key) != value]:
         log.warning("%s was drawn with %s: the picture may differ", file, ", ".join(other))
     try:

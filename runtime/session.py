@@ -378,7 +378,8 @@ class Session:
         self.run_seconds = sum(part.run_seconds for part in parts)
         self.calls = sum(part.calls for part in parts)
         self.retries = sum(part.retries for part in parts)
-        self.assignment = next((part.assignment for part in parts if part.assignment is not None), None)
+        placed = [part.assignment for part in parts if part.assignment is not None]
+        self.assignment = min(placed, key=lambda one: one.share, default=None)  # of several graphs the worst
 
     def _first(self) -> Session:
         return next(iter(self._parts.values()))

@@ -130,7 +130,7 @@ def job(checkpoint: Path, folder: Path, family: str, **changes: object) -> Job:
         "t5_tokens": 256,
         "prompts": ["a red circle", "a green square above a blue ring"],
     }
-    return Job(**given | changes)  # type: ignore[arg-type]
+    return Job(**given | changes)
 
 
 def test_a_backbone_in_8_bits_feels_no_row_in_another(tiny_checkpoints, tmp_path: Path):

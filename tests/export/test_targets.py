@@ -41,7 +41,7 @@ def job(checkpoint: Path, folder: Path, **changes: object) -> Job:
         "target": "qnn",
         "rows": [2, 4],  # as JSON gives it
     }
-    return Job(**given | changes)  # type: ignore[arg-type]
+    return Job(**given | changes)
 
 
 @pytest.fixture(scope="module")

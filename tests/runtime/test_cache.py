@@ -513,7 +513,8 @@ def test_a_foreign_folder_goes_by_sizes_and_times(bundles, tmp_path):
 
 
 def test_of_a_configuration_file_the_content_counts(bundles, tmp_path):
-    bundle, row = Bundle.open(bundles["sd15"]), PROVIDERS["cpu"]
+    bundle = Bundle.open(bundles["sd15"])
+    row = dataclasses.replace(PROVIDERS["cpu"], options={"config_file": Option("path")})
     config = tmp_path / "config.json"
     keys = []
     for content in ("{}", "[]", "{}"):

@@ -154,7 +154,7 @@ def test_from_metadata_tells_another_provider_and_precision(bundles, tmp_path, c
         png.save(image, file, line)
     assert main(again) == 0
     (told,) = caplog.messages
-    assert "Provider CUDAExecutionProvider (here CPUExecutionProvider), Precision fp16 (here fp32)" in told
+    assert "Precision fp16 (here fp32), Provider CUDAExecutionProvider (here CPUExecutionProvider)" in told
 
 
 def test_ctrl_c_is_130_and_one_line(bundles, tmp_path, monkeypatch, capsys):

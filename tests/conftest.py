@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,10 +38,9 @@ def tiny_bundles(tiny_checkpoints: dict[str, Path], tmp_path_factory: TempPathFa
 
 
 @pytest.fixture(scope="session")
-def tiny_fp16_bundle(tiny_checkpoints: dict[str, Path], tmp_path_factory: TempPathFactory) -> Callable[[], Path]:
-    """Makes, when first called, the fp16 bundle of the small SD3 checkpoint."""
-    folder = tmp_path_factory.mktemp("fp16")
-    return cache(lambda: _export(tiny_checkpoints["sd3"], "sd3", folder, "fp16"))
+def tiny_fp16_bundle(tiny_checkpoints: dict[str, Path], tmp_path_factory: TempPathFactory) -> Path:
+    """The fp16 bundle of the small SD3 checkpoint."""
+    return _export(tiny_checkpoints["sd3"], "sd3", tmp_path_factory.mktemp("fp16"), "fp16")
 
 
 def _export(checkpoint: Path, family: str, folder: Path, dtype: str) -> Path:

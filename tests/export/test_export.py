@@ -20,9 +20,9 @@ from tests.pipelines import tiny_sd15
 
 
 @pytest.fixture(params=["sd15", "sd3", pytest.param("sd3-fp16", marks=pytest.mark.slow)])
-def bundle(request, tiny_bundles, tiny_fp16_bundle) -> Bundle:
-    family = request.param
-    return Bundle.open(tiny_fp16_bundle() if family == "sd3-fp16" else tiny_bundles[family])
+def bundle(request) -> Bundle:
+    family, made = request.param, request.getfixturevalue
+    return Bundle.open(made("tiny_fp16_bundle") if family == "sd3-fp16" else made("tiny_bundles")[family])
 
 
 def session(bundle: Bundle, component: str) -> onnxruntime.InferenceSession:

@@ -98,8 +98,8 @@ def test_what_the_target_cannot_run_is_named(target, build, tmp_path):
     onnx.save(build(), tmp_path / "model.onnx")
     kind = build().graph.node[0].op_type
     with pytest.raises(ExportError, match=rf"transformer: --target {target} cannot run its graph: {kind} "):
-        worker._check_operators(job(Path(), Path(), target=target), tmp_path / "model.onnx")
-    worker._check_operators(job(Path(), Path(), target="cpu"), tmp_path / "model.onnx")
+        worker._check_operators(job(Path(), tmp_path, target=target, rows=()))
+    worker._check_operators(job(Path(), tmp_path, target="cpu", rows=()))
 
 
 def test_every_target_that_lint_knows_can_be_exported_for():

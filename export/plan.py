@@ -14,7 +14,7 @@ from runtime.parse import load_json
 
 from . import ExportError
 from .checkpoint import Checkpoint, read_config
-from .targets import CALIBRATED, backbone_rows, choose, component_rows, precision
+from .targets import CALIBRATED, TARGETS, backbone_rows, choose, component_rows, precision
 
 OPSETS = (17, 18, 20, 21, 23)
 PICTURES, PICTURE_STEPS = 2, 6  # compared with those at fp32, unless told otherwise; a table has steps of its own
@@ -101,7 +101,8 @@ def make(checkpoint: Checkpoint, options: Options) -> Plan:
     if dtype == "w8a16" and facts.family == "sd15":  # compiles for QNN and ends the emulator at its first run
         raise ExportError("--dtype w8a16: for transformers; of a UNet give --dtype int8, or leave it out")
     whole = set(REQUIRED[facts.family]) <= set(chosen)
-    if dtype in CALIBRATED and BACKBONE[facts.family] in chosen and not whole:
+    precisions = {name: precision(name, dtype, options.target, options.t5) for name in chosen}
+    if precisions.get(BACKBONE[facts.family]) in CALIBRATED and not whole:
         raise ExportError(
             f"--dtype {dtype}: is calibrated on drawings, for which --components lacks parts; leave it out"
         )
@@ -115,7 +116,7 @@ def make(checkpoint: Checkpoint, options: Options) -> Plan:
     return Plan(
         checkpoint,
         replace(facts, defaults=defaults, target=options.target),
-        {name: precision(name, dtype, options.target, options.t5) for name in chosen},
+        precisions,
         height,
         width,
         options.directions or 2,
@@ -179,8 +180,8 @@ def predict(plan: Plan) -> dict[str, dict[str, int]]:
     """Bytes that each component will take: on disk at most, and of memory while it is exported and parity is tried.
 
     An estimate, from what the processes hold at their largest: the programs themselves 0.8 GB; exporting the weights
-    once and a tenth more; calibrating 25 bytes a weight (measured at 0.2 GB of them); parity them in fp32 and a share
-    of the graph's copy. What is quantised lies on disk beside what it is made of. What it took in truth is in the
+    once and a tenth more; calibrating for an NPU 25 bytes a weight (measured at 0.2 GB of them), for a CPU 10; parity
+    them in fp32 and a share of the graph's copy. What is quantised lies on disk beside what it is made of. What it took in truth is in the
     report.
     """
     from .components import TRACED, count_parameters
@@ -191,7 +192,7 @@ def predict(plan: Plan) -> dict[str, dict[str, int]]:
         disk = int(parameters * _BYTES.get(at, 2))
         traced = int(parameters * _BYTES.get(TRACED.get(at, at), 2))
         passing = parameters * 4 if at == "bf16" else traced if traced != disk else 0
-        calibrating = parameters * 25 if at in CALIBRATED else 0
+        calibrating = parameters * (25 if TARGETS[plan.target].static else 10) if at in CALIBRATED else 0
         predicted[component] = {
             "parameters": parameters,
             "disk_bytes": disk + passing,

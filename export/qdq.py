@@ -1,4 +1,4 @@
-"""Static quantisation of a component's graphs: int8 weights, activations of 8 or 16 bits, as QDQ nodes.
+"""Static quantisation of a component's graphs, for NPUs: int8 weights, activations of 8 or 16 bits, as QDQ nodes.
 
 Ranges are fixed by calibration. Nothing is scaled by what a batch happens to hold, so that a row gives the same
 numbers alone and among others. They are plain minima and maxima: on shapes-sd3 percentiles of 99.99 and means gave
@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import onnx
@@ -37,7 +37,14 @@ _WEIGHTS: dict[str, dict[str, Any]] = {  # what the library would do otherwise
     "LayerNormalization": {"quant_type": QuantType.QUInt8},  # QNN takes no int8 there
     "MatMul": {"quant_type": QuantType.QInt8, "symmetric": True, "axis": 1},
 }
-Ranges = Mapping[str, tuple[float, float]]  # tensor -> least and largest value
+
+
+class Range(NamedTuple):
+    """What calibration saw of a tensor."""
+
+    low: float
+    high: float
+    square: float  # mean of squares
 
 
 def quantise(
@@ -45,7 +52,6 @@ def quantise(
     feeds: Sequence[Mapping[str, np.ndarray]],
     *,
     activations: Literal["uint8", "uint16"],
-    operators: Literal["all", "products"] = "all",
     keep: Collection[str] = (),
 ) -> None:
     """Replaces fp32 graphs of one component, which share one data file, by QDQ graphs over a new one.
@@ -59,9 +65,6 @@ def quantise(
         Inputs of the first graph: its ranges are the least and the largest values that these bring about.
     activations : "uint8" | "uint16"
         Asymmetric. Weights are int8, symmetric, one scale per output channel; biases of Conv and Gemm int32.
-    operators : "all" | "products"
-        All, for NPUs; or convolutions and matrix products alone, for the CPU, which gains nothing by the others: as
-        fast, and pictures are 3 dB (shapes-sd15) to 8 dB (shapes-sd3) closer to those of fp32.
     keep : collection of str
         Nodes of the first graph that stay in float, or operators, beside those of `kept`.
 
@@ -73,18 +76,18 @@ def quantise(
     """
     first, folder = graphs[0], graphs[0].parent
     with tempfile.TemporaryDirectory(prefix=".qdq-", dir=folder) as scratch, _quiet():
-        plain = _skeleton(first)
+        plain = skeleton(first)
         known = {word for node in plain.graph.node for word in (node.name, node.op_type)}
         if strangers := sorted(set(keep) - known):
             raise ExportError(f"{first}: has no node or operator {strangers[0]} to keep in float; leave it out")
         ranges = calibrate(first, feeds)
         for path in graphs:
-            model = _skeleton(path)
+            model = skeleton(path)
             same = _counterparts(plain, model, path)
             found = {same.get(name, name): bounds for name, bounds in ranges.items()}
             spared = kept(model) | {same.get(name, name) for name in keep}
             onnx.load_external_data_for_model(model, str(folder))
-            model = _quantised(model, found, activations, operators, spared)
+            model = _quantised(model, found, activations, spared)
             written = Path(scratch) / path.name
             if path == first:
                 save(ir.from_proto(model), written)
@@ -136,19 +139,22 @@ def _edges(model: onnx.ModelProto) -> set[str]:
     return found
 
 
-def calibrate(graph: Path, feeds: Sequence[Mapping[str, np.ndarray]]) -> dict[str, tuple[float, float]]:
-    """The least and the largest value of every float tensor of a graph over all feeds.
+def calibrate(
+    graph: Path, feeds: Sequence[Mapping[str, np.ndarray]], tensors: Collection[str] | None = None
+) -> dict[str, Range]:
+    """What the float tensors of a graph, or some of them, hold over all feeds.
 
     Reduced inside the graph, call by call: no activation outlives its use.
     """
-    model = _skeleton(graph)
-    names = _floats(model)
+    model = skeleton(graph)
+    names = list(dict.fromkeys(_floats(model) if tensors is None else tensors))
     for name in names:
-        for reduce in ("ReduceMin", "ReduceMax"):
-            output = f"{name}/{reduce}"
-            model.graph.node.append(helper.make_node(reduce, [name], [output], keepdims=0))
+        model.graph.node.append(helper.make_node("Mul", [name, name], [f"{name}/square"]))
+        for reduce, value in (("ReduceMin", name), ("ReduceMax", name), ("ReduceMean", f"{name}/square")):
+            output = f"{value}/{reduce}"
+            model.graph.node.append(helper.make_node(reduce, [value], [output], keepdims=0))
             model.graph.output.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, []))
-    wanted = [value.name for value in model.graph.output][-2 * len(names) :]
+    wanted = [value.name for value in model.graph.output][-3 * len(names) :]
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
@@ -158,14 +164,13 @@ def calibrate(graph: Path, feeds: Sequence[Mapping[str, np.ndarray]]) -> dict[st
         session = onnxruntime.InferenceSession(beside, options, providers=["CPUExecutionProvider"])
     finally:
         beside.unlink(missing_ok=True)
-    low, high = np.full(len(names), np.inf), np.full(len(names), -np.inf)
-    for feed in feeds:
-        values = np.asarray(session.run(wanted, dict(feed)), np.float64).reshape(-1, 2)
-        low, high = np.minimum(low, values[:, 0]), np.maximum(high, values[:, 1])
-    return dict(zip(names, zip(low.tolist(), high.tolist(), strict=True), strict=True))
+    seen = np.asarray([session.run(wanted, dict(feed)) if wanted else [] for feed in feeds], np.float64)
+    seen = seen.reshape(len(feeds), len(names), 3)  # (feeds, tensors, least, largest and mean square)
+    found = zip(seen[..., 0].min(0), seen[..., 1].max(0), seen[..., 2].mean(0), strict=True)
+    return {name: Range(*map(float, values)) for name, values in zip(names, found, strict=True)}
 
 
-def _skeleton(path: Path) -> onnx.ModelProto:
+def skeleton(path: Path) -> onnx.ModelProto:
     """A graph without its data, the type of every tensor told."""
     model = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False))
     add_infer_metadata(model)  # else the quantiser would write it to disk and infer them again
@@ -191,7 +196,7 @@ def _counterparts(first: onnx.ModelProto, model: onnx.ModelProto, path: Path) ->
 
 
 def _quantised(
-    model: onnx.ModelProto, ranges: Ranges, activations: str, operators: str, spared: Collection[str]
+    model: onnx.ModelProto, ranges: Mapping[str, Range], activations: str, spared: Collection[str]
 ) -> onnx.ModelProto:
     """The graph with QDQ nodes; `spared`: nodes and operators that get none."""
     nodes = [node.name for node in model.graph.node if node.name in spared or node.op_type in spared]
@@ -207,11 +212,12 @@ def _quantised(
         activation_type=_TYPES[activations],
         weight_type=QuantType.QInt8,
         per_channel=True,
-        op_types_to_quantize=list(_PRODUCTS) if operators == "products" else None,
         nodes_to_exclude=nodes,
         init_overrides=told,
     )
-    bounds = {n: TensorData(lowest=np.float32(low), highest=np.float32(high)) for n, (low, high) in ranges.items()}
+    bounds = {
+        name: TensorData(lowest=np.float32(seen.low), highest=np.float32(seen.high)) for name, seen in ranges.items()
+    }
     return QDQQuantizer(
         model,
         config.per_channel,

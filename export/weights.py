@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,15 +40,10 @@ def quantise(graphs: Sequence[Path], bits: int, block: int) -> None:
         Numbers per scale, a power of 2 from 16 on.
     """
     first, folder = graphs[0], graphs[0].parent
-    packer = DefaultWeightOnlyQuantizer(DefaultWeightOnlyQuantConfig(block_size=block, bits=bits))
     with tempfile.TemporaryDirectory(prefix=".weights-", dir=folder) as scratch:
         for path in graphs:
             model = ir.load(path)
-            for node in list(model.graph):
-                if (weight := _weight(node)) is not None:
-                    _replace(model.graph, node, weight, packer)
-            model.opset_imports[DOMAIN] = 1
-            RemoveUnusedNodesPass()(model)
+            pack(model, bits, block)
             written = Path(scratch) / path.name
             if path == first:
                 save(model, written)
@@ -57,6 +52,16 @@ def quantise(graphs: Sequence[Path], bits: int, block: int) -> None:
             del model  # whose weights lie in the file that is replaced
         for written in sorted(Path(scratch).iterdir()):
             os.replace(written, folder / written.name)
+
+
+def pack(model: ir.Model, bits: int, block: int, spared: Collection[str] = ()) -> None:
+    """Makes linear layers MatMulNBits, in place, but for the nodes that are `spared`."""
+    packer = DefaultWeightOnlyQuantizer(DefaultWeightOnlyQuantConfig(block_size=block, bits=bits))
+    for node in list(model.graph):
+        if node.name not in spared and (weight := _weight(node)) is not None:
+            _replace(model.graph, node, weight, packer)
+    model.opset_imports[DOMAIN] = 1
+    RemoveUnusedNodesPass()(model)
 
 
 def _weight(node: ir.Node) -> np.ndarray | None:

@@ -28,7 +28,9 @@ from runtime.memory import peak_rss_bytes
 from . import ExportError
 
 GRAPH, TRIAL = "model.onnx", "trial.onnx"  # of several, those of the first row count
-CALLS, HELD_OUT = 100, 5  # calls of the backbone to calibrate with; every 5th is left out and judged by
+CALLS, FEWEST = 100, 20  # calls of the backbone to calibrate with,
+WORK = 20 * 10**12  # or as many as make up so many multiply-accumulates
+HELD_OUT = 5  # every 5th is left out and judged by
 NO_RESULT = 74  # exit status: the result could not be written
 SHORT_OF_MEMORY = (
     "ran out of memory or was killed for it; `--dry-run` tells what it needs: give a smaller --height and --width, "
@@ -178,20 +180,25 @@ def calibrate(job: Job) -> dict[str, Any]:
     """
     import numpy as np
 
+    from runtime.bundle import Bundle
+
+    from . import int8, qdq
     from .calibrate import record
     from .components import TOLERANCE
-    from .qdq import quantise
     from .targets import CALIBRATED, TARGETS
 
     folder = Path(job.folder)
+    macs = sum(Bundle.open(folder.parent).facts.components[job.component].macs.values())
     files = {rows: _graph_file(job, GRAPH, rows) for rows in job.rows or (None,)}
-    feeds = record(folder.parent, prompts=job.prompts, count=CALLS)
+    feeds = record(folder.parent, prompts=job.prompts, count=max(FEWEST, min(CALLS, WORK // (2 * macs))))
     apart = feeds[HELD_OUT - 1 :: HELD_OUT]
     held = {name: np.concatenate([feed[name] for feed in apart]) for name in feeds[0]}
     expected = [_answers(file, held, rows) for rows, file in files.items()]
     rest = [feed for number, feed in enumerate(feeds, 1) if number % HELD_OUT]
-    operators: Any = "all" if TARGETS[job.target].static else "products"
-    quantise(list(files.values()), rest, activations=CALIBRATED[job.precision], operators=operators)
+    if TARGETS[job.target].static:
+        qdq.quantise(list(files.values()), rest, activations=CALIBRATED[job.precision])
+    else:
+        int8.quantise(files[None], rest)
     _check_operators(job)
     got = [_answers(file, held, rows) for rows, file in files.items()]
     pairs = zip(got, expected, strict=True)

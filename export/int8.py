@@ -1,9 +1,9 @@
 """int8 for the CPU: linear layers whose activations are rounded row by row, convolutions with calibrated ranges.
 
 Linear layers become MatMulNBits of 8 bits (see `weights`), which needs no calibration. Convolutions become QDQ: u8
-activations with one scale of a tensor, from the least and largest values that calibration saw, s8 weights with one scale
-of an output channel. Nothing is scaled by what a batch happens to hold, so that a row gives the same numbers alone and
-among others. All else, such as attention and norms, stays in float. Knows nothing of Stable Diffusion.
+activations with one scale of a tensor, from the least and largest values that calibration saw, s8 weights with a scale
+for each output channel. Nothing is scaled by what a batch happens to hold, so that a row gives the same numbers alone
+and among others. All else, such as attention and norms, stays in float. Knows nothing of Stable Diffusion.
 """
 
 from __future__ import annotations

@@ -181,8 +181,8 @@ def predict(plan: Plan) -> dict[str, dict[str, int]]:
 
     An estimate, from what the processes hold at their largest: the programs themselves 0.8 GB; exporting the weights
     once and a tenth more; calibrating for an NPU 25 bytes a weight (measured at 0.2 GB of them), for a CPU 10; parity
-    them in fp32 and a share of the graph's copy. What is quantised lies on disk beside what it is made of. What it took in truth is in the
-    report.
+    them in fp32 and a share of the graph's copy. What is quantised lies on disk beside what it is made of. What it took
+    in truth is in the report.
     """
     from .components import TRACED, count_parameters
 

@@ -53,10 +53,10 @@ _HEADS_FIRST = (0, 2, 1, 3)
 
 
 def multi_head_attention(model: ir.Model) -> None:
-    """Attention -> com.microsoft.MultiHeadAttention, which never holds all scores: 16 MB in place of 528 at 4096 tokens.
+    """Attention -> com.microsoft.MultiHeadAttention, which never holds all scores: at 4096 tokens 16 MB, not 528.
 
-    The new node takes (rows, tokens, heads x width), so the reshapes and transposes around the old one go, too: those of
-    queries, keys and values, also behind a Concat of two sorts of tokens, and those of the result.
+    The new node takes (rows, tokens, heads x width), so the reshapes and transposes around the old one go, too: those
+    of queries, keys and values, also behind a Concat of two sorts of tokens, and those of the result.
 
     Not touched: attention with a mask, softcap, a past or grouped heads; operands that were not made so.
     """

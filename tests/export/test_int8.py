@@ -55,14 +55,14 @@ def plain(tmp_path):
     random = np.random.default_rng(0)
     values = {name: random.standard_normal(shape) / np.prod(shape[1:]) ** 0.5 for name, shape in WEIGHTS.items()}
     constants = {name: value.astype(np.float32) for name, value in values.items()}
-    spikes = np.full((CHANNELS, 1, 1), 1e-3, np.float32)
-    spikes[3] = 100
+    spikes = np.full((CHANNELS, SIDE, SIDE), 1e-3, np.float32)
+    spikes[3, 0, 0] = 100
     constants |= {"one": np.array([1]), "spikes": spikes}
     constants |= {"flat_shape": np.array([-1, SIDE * SIDE]), "back_shape": np.array([-1, CHANNELS, SIDE, SIDE])}
     model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in constants.items())
     for node in model.graph.node:
         node.name = f"node_{node.output[0]}"
-    graph.save(ir.from_proto(model), tmp_path / "model.onnx")
+    graph.save(ir.from_proto(onnx.shape_inference.infer_shapes(model)), tmp_path / "model.onnx")
     return tmp_path / "model.onnx"
 
 

@@ -1,10 +1,12 @@
-"""Rewrites: other nodes, the same numbers bit for bit; and what they leave alone."""
+"""Rewrites: other nodes, the same numbers; and what they leave alone."""
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from onnx import helper
+from onnx import helper, parser, shape_inference
+from onnx.reference import ReferenceEvaluator
 
 from export.rewrites import rewrite
 from tests.export.lint_graphs import FLOAT, QNN_ROWS, embedded
@@ -55,3 +57,104 @@ def test_what_qnn_gets_right_is_left_alone(name):
 
 def test_other_targets_keep_their_nodes():
     assert kinds(rewrite(ir.from_proto(embedded((1, 16, 32))), "cpu")) == ["Add", "LayerNormalization"]
+    assert "Attention" in kinds(rewrite(net(ATTENTION), "cuda"))
+
+
+ATTENTION = """
+<ir_version: 10, opset_import: ["" : 23]>
+net (float[2,6,16] q, float[2,5,16] k, float[2,5,16] v, float[2,3,16] q2, float[2,3,16] k2, float[2,3,16] v2)
+    => (float[2,9,16] y)
+    <int64[4] split = {0, -1, 4, 4}, int64[3] joined = {0, -1, 16}>
+{
+    q_split = Reshape(q, split)
+    q_heads = Transpose<perm = [0, 2, 1, 3]>(q_split)
+    k_split = Reshape(k, split)
+    k_heads = Transpose<perm = [0, 2, 1, 3]>(k_split)
+    v_split = Reshape(v, split)
+    v_heads = Transpose<perm = [0, 2, 1, 3]>(v_split)
+    q2_split = Reshape(q2, split)
+    q2_heads = Transpose<perm = [0, 2, 1, 3]>(q2_split)
+    k2_split = Reshape(k2, split)
+    k2_heads = Transpose<perm = [0, 2, 1, 3]>(k2_split)
+    v2_split = Reshape(v2, split)
+    v2_heads = Transpose<perm = [0, 2, 1, 3]>(v2_split)
+    q_all = Concat<axis = 2>(q_heads, q2_heads)
+    k_all = Concat<axis = 2>(k_heads, k2_heads)
+    v_all = Concat<axis = 2>(v_heads, v2_heads)
+    attended = Attention<SETTINGS>(OPERANDS)
+    turned = Transpose<perm = [0, 2, 1, 3]>(attended)
+    y = Reshape(turned, joined)
+}
+"""  # two sorts of tokens, as SD3 has them, 4 heads of width 4
+GROUPS = """
+<ir_version: 10, opset_import: ["" : 21]>
+net (float[2,12,5,7] x, float[12] scale, float[12] bias) => (float[2,12,5,7] y)
+    { y = GroupNormalization<num_groups = 4, epsilon = 0.001>(x, scale, bias) }
+"""
+
+
+def net(text, settings="scale = 0.3", operands="q_all, k_all, v_all"):
+    model = parser.parse_model(text.replace("SETTINGS", settings).replace("OPERANDS", operands))
+    for node in model.graph.node:
+        node.name = f"node_{node.output[0]}"
+    return ir.from_proto(shape_inference.infer_shapes(model))
+
+
+def truth(model):
+    """By ONNX's own reference, of the inputs that `answers` gives."""
+    rng = np.random.default_rng(1)
+    fed = {one.name: rng.standard_normal(list(one.shape)).astype(np.float32) for one in model.graph.inputs}
+    return ReferenceEvaluator(ir.to_proto(model)).run(None, fed)
+
+
+@pytest.mark.parametrize("settings", ["scale = 0.3", "softcap = 0.0", "is_causal = 0, qk_matmul_output_mode = 0"])
+def test_attention_of_two_sorts_of_tokens_is_one_node_and_two_sorts_joined(settings):
+    before, after = net(ATTENTION, settings), rewrite(net(ATTENTION, settings), "cpu")
+    assert kinds(after) == ["Concat", "Concat", "Concat", "MultiHeadAttention"]
+    assert [value.name for value in after.graph.outputs] == ["y"]
+    onnx.checker.check_model(ir.to_proto(after))
+    np.testing.assert_allclose(answers(after)[0], truth(before)[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "operands"),
+    [
+        ("is_causal = 1", "q_all, k_all, v_all"),
+        ("softcap = 2.0", "q_all, k_all, v_all"),
+        ("scale = 0.3", "q_all, k_all, v_all, mask"),
+    ],
+)
+def test_attention_that_the_other_node_does_not_do_is_left_alone(settings, operands):
+    text = ATTENTION.replace("float[2,3,16] v2)", "float[2,3,16] v2, float[9,8] mask)")
+    before = kinds(net(text, settings, operands))
+    assert kinds(rewrite(net(text, settings, operands), "cpu")) == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (
+            "q_all = Concat<axis = 2>(q_heads, q2_heads)",
+            "q_all = Concat<axis = 2>(k_all, q_heads)",
+        ),  # not made of heads
+        ("turned = Transpose<perm = [0, 2, 1, 3]>", "turned = Transpose<perm = [0, 2, 3, 1]>"),
+        ("(float[2,9,16] y)", "(float[2,9,16] y, float[2,4,9,4] attended)"),
+    ],
+)
+def test_attention_whose_operands_or_result_are_made_otherwise_is_left_alone(old, new):
+    text = ATTENTION.replace(old, new)
+    assert text != ATTENTION
+    if "k_all, q_heads" in text:  # defined after its use otherwise
+        lines = text.splitlines()
+        moved = lines.index("    k_all = Concat<axis = 2>(k_heads, k2_heads)")
+        lines.insert(lines.index("    " + new), lines.pop(moved))
+        text = "\n".join(lines)
+    assert "Attention" in kinds(rewrite(net(text), "cpu"))
+
+
+def test_group_norm_is_instance_norm_of_groups():
+    before, after = net(GROUPS), rewrite(net(GROUPS), "cpu")
+    assert "InstanceNormalization" in kinds(after)
+    assert "GroupNormalization" not in kinds(after)
+    onnx.checker.check_model(ir.to_proto(after))
+    np.testing.assert_allclose(answers(after)[0], truth(before)[0], rtol=1e-5, atol=1e-5)

@@ -21,6 +21,7 @@ from .opset import FROM, lower
 
 DATA = "model.onnx_data"  # the external data file, beside the graph
 INLINE = 1024  # bytes: smaller tensors stay in the graph
+_PIECE = 1 << 22  # bytes read at a time
 
 
 def trace(
@@ -90,6 +91,16 @@ def save_sharing(model: ir.Model, path: Path, other: Path) -> None:
 
 
 def _content(tensor: ir.TensorProtocol) -> tuple[str, tuple[int, ...], bytes]:
+    """What tells a tensor from others. Stored ones are read and not mapped: mapped, they would stay in memory."""
+    if isinstance(tensor, ir.ExternalTensor):
+        digest, left = hashlib.sha256(), tensor.nbytes
+        with Path(tensor.path).open("rb") as file:
+            file.seek(tensor.offset or 0)
+            while left:
+                piece = file.read(min(left, _PIECE))
+                digest.update(piece)
+                left -= len(piece)
+        return str(tensor.dtype.numpy()), tuple(tensor.shape.numpy()), digest.digest()
     array = np.ascontiguousarray(tensor.numpy())
     return str(array.dtype), array.shape, hashlib.sha256(array.reshape(-1).view(np.uint8).data).digest()  # bf16, too
 

@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     draw.add_argument("--provider-option", action="append", default=[], metavar="KEY=VALUE", help="may be repeated")
     _add_fallback(draw)
+    _add_low_memory(draw)
     draw.add_argument(
         "--directions",
         metavar="WAY",
@@ -162,6 +163,14 @@ def _add_fallback(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_low_memory(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--low-memory",
+        action="store_true",
+        help="CPU: weights stay in their files, and every network is released once its work is done; slower",
+    )
+
+
 def _add_fit(commands: Any) -> None:
     learn = commands.add_parser(
         "fit", help="fit a solver table to a bundle, on this machine, from forward passes alone (minutes)"
@@ -212,6 +221,7 @@ def _generate(options: argparse.Namespace) -> None:
         provider_options=_pairs(options.provider_option),
         fallback=options.fallback,
         directions=options.directions,
+        low_memory=options.low_memory,
     )
     if options.from_metadata is not None:
         asked = _recorded(options.from_metadata, pipe, asked) | asked

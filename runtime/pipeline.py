@@ -36,7 +36,7 @@ from .ort import base_wheels, installed, onnxruntime
 from .plan import Plan, make_plan
 from .profiles import Profile, machine
 from .providers import check_options, provider_of
-from .session import Session
+from .session import Session, check_low_memory
 from .slopes import Slopes, directions_of
 from .text import conditioning
 
@@ -84,6 +84,8 @@ class Pipeline:
     directions : "auto" | "batch" | "calls" | "async" | "spread", optional
         How the points of a request are run. auto: whatever is fastest here, measured once and kept. None: spread for
         several providers; auto if that was measured before; else batch.
+    low_memory : bool
+        CPU only: weights stay in their files, mapped into memory; every session is released once its work is done.
     """
 
     def __init__(
@@ -95,17 +97,25 @@ class Pipeline:
         session_options: Any = None,
         fallback: Fallback = "limited",
         directions: str | None = None,
+        low_memory: bool = False,
     ) -> None:
         bundle.require(*REQUIRED[bundle.facts.family])
         rows = [asked(bundle, provider_of(one.strip())) for one in provider.split(",")]  # a wrong one is told now
         check_options(rows[0], provider_options or {})
         check(directions, len(rows))
+        for row in rows if low_memory else ():
+            check_low_memory(row)
         if session_options is not None and len(rows) > 1:
             raise ProviderError("session_options are made for one provider; leave them out, or name one provider")
         self.providers = [row.ort for row in rows]  # ONNX Runtime's names
         self.bundle, self.provider, self.directions = bundle, provider, directions
         self.options = dict(provider_options or {})  # of the first provider
-        self._options = {"provider_options": provider_options, "session_options": session_options}
+        self.low_memory = low_memory
+        self._options: dict[str, Any] = {
+            "provider_options": provider_options,
+            "session_options": session_options,
+            "low_memory": low_memory,
+        }
         self._fallback = fallback_of(fallback)
         self._sessions: dict[str, Session] = {}
         self._profiles: dict[tuple[int, ...], Profile] = {}  # by the shape of the latents
@@ -120,6 +130,7 @@ class Pipeline:
         session_options: Any = None,
         fallback: Fallback = "limited",
         directions: str | None = None,
+        low_memory: bool = False,
     ) -> Pipeline:
         """Opens a bundle: a folder, or the name of one that ships with this package.
 
@@ -137,6 +148,7 @@ class Pipeline:
             session_options=session_options,
             fallback=fallback,
             directions=directions,
+            low_memory=low_memory,
         )
 
     def plan(self, prompt: str, **asked: Any) -> Plan:
@@ -259,8 +271,10 @@ class Pipeline:
         x = step.x / plan.end_scale
         clock.lap("denoise")
 
+        self._release()
         with _stage("while decoding"):
             images: Any = x.astype(np.float32) if output_type == "latent" else self.decode(x)
+        self._release()
         if output_type == "pil":
             images = [Image.fromarray(np.rint(image * 255).astype(np.uint8)) for image in images]
         clock.lap("decode")
@@ -313,6 +327,11 @@ class Pipeline:
         for session in self._sessions.values():
             session.unload()
 
+    def _release(self) -> None:
+        """What has done its work in a drawing, if memory is to be low."""
+        if self.low_memory:
+            self.close()
+
     def identity(self) -> str:
         """Of the weights: the bundle's, or the sizes and times of a foreign folder's files."""
         bundle = self.bundle
@@ -341,7 +360,7 @@ class Pipeline:
             "providers": self.providers,
             "options": self.options,
             "latent": plan.latent_shape,
-            "session": [str(getattr(options, name, "")) for name in settings],
+            "session": [str(getattr(options, name, "")) for name in settings] + ["low memory"] * self.low_memory,
             "packages": {"onnxruntime": onnxruntime().__version__} | base_wheels() | installed(plugins),
             "drivers": {row.name: drivers(row) for row in rows},
             "machine": machine(),

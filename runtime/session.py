@@ -25,11 +25,16 @@ from .errors import BundleError, NotFiniteError, ProviderError, RequestError
 from .facts import Tensor
 from .interrupt import Hand
 from .ort import failures, one_line, onnxruntime, require
-from .providers import CPU, check_options, provider_of
+from .providers import CPU, Provider, check_options, provider_of
 from .rows import calls_of, cut, in_turn, join, rows_of
 from .tensors import declared, fit, not_finite
 
 log = logging.getLogger(__name__)
+
+_LEAN = {  # session entries under which weights stay in the file that onnxruntime maps into memory
+    "session.disable_prepacking": "1",  # which copies those of products
+    "optimization.constant_folding_max_output_size_in_bytes": str(2**20),  # else fp16 weights are kept in fp32, too
+}
 
 
 class Session:
@@ -49,6 +54,8 @@ class Session:
     fallback : {"limited", "allowed", "never"}
         What may run on the CPU in place of another provider: of the backbone up to 10 % of the compute (of the other
         components anything), anything, or no node of any component. Whatever does is a warning.
+    low_memory : bool
+        Weights stay in their files, mapped into memory, and what a call takes is given back after it; CPU only.
     rows : int, optional
         Of a component with one graph per row count: the graph of so many rows alone. None: each call runs the graph
         of its rows, or, where there is none, several calls of fewer rows (see `runtime.rows`), which is told.
@@ -73,6 +80,7 @@ class Session:
         provider_options: Mapping[str, str] | None = None,
         session_options: Any = None,
         fallback: Fallback = "limited",
+        low_memory: bool = False,
         rows: int | None = None,
     ) -> None:
         self.bundle, self.component = bundle, component
@@ -80,7 +88,9 @@ class Session:
         self._row, options, self.fallback = amd_session.settle(
             bundle, component, provider_of(provider), provider_options, fallback
         )
-        self.provider = self._row.ort
+        self.provider, self._lean = self._row.ort, low_memory
+        if low_memory:
+            check_low_memory(self._row)
         check_options(self._row, options)
         self.load_seconds = self.compile_seconds = self.run_seconds = 0.0
         self.calls = self.retries = 0
@@ -105,6 +115,7 @@ class Session:
                 provider_options=provider_options,
                 session_options=session_options,
                 fallback=fallback,
+                low_memory=low_memory,
                 rows=count,
             )
             for count in counts
@@ -394,6 +405,8 @@ class Session:
         if options is None:  # threads are left to onnxruntime: one per physical core
             options = ort.SessionOptions()
             options.log_severity_level = 3
+        if self._lean:
+            _make_lean(ort, options)
         options.add_session_config_entry(assignment.RECORD, "1")
         if strict and self._strict(ort):
             options.add_session_config_entry(assignment.STRICT, "1")
@@ -423,6 +436,22 @@ class Session:
         if arrays.keys() != tensors.keys():
             raise RequestError(f"{self.component}: expected the inputs {', '.join(tensors)}; got {', '.join(arrays)}")
         return {name: fit(self.component, tensors[name], np.asarray(value)) for name, value in arrays.items()}
+
+
+def check_low_memory(row: Provider) -> None:
+    """ProviderError for a provider whose sessions have no use for it."""
+    if row is not CPU:
+        raise ProviderError(
+            f"{row.ort}: --low-memory keeps weights in mapped files, which is for the CPU provider; "
+            "leave it out, or give --provider cpu"
+        )
+
+
+def _make_lean(ort: ModuleType, options: Any) -> None:
+    for name, value in _LEAN.items():
+        options.add_session_config_entry(name, value)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED  # one more copies convolutions'
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # which keep, and double, what a call takes
 
 
 def _any_rows(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

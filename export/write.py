@@ -381,6 +381,7 @@ def _write_component(plan: Plan, component: str, at: str, partial: Path, notes: 
             parity=Parity(tuple(compared["rows"]), compared["error"], compared["tolerance"]),
             rows=plan.rows[component],
             macs=exported["macs"],
+            activation_bytes=exported["activation_bytes"],
         ),
         time.perf_counter() - started,
         exported["peak_rss_bytes"],

@@ -30,12 +30,13 @@ from .cachekey import drivers
 from .directions import Directions, check, settle
 from .errors import NotFiniteError, ProviderError, RequestError
 from .facts import REQUIRED
+from .footprint import predict
 from .memory import peak_rss_bytes
 from .noise import Stream
 from .ort import base_wheels, installed, onnxruntime
 from .plan import Plan, make_plan
 from .profiles import Profile, machine
-from .providers import check_options, provider_of
+from .providers import CPU, check_options, provider_of
 from .session import Session, check_low_memory
 from .slopes import Slopes, directions_of
 from .text import conditioning
@@ -60,6 +61,7 @@ class Report:
     provider: Mapping[str, Any]  # asked, ran, retries; nodes, macs_share, fallbacks: see `assignment.summary`
     directions: Directions
     seconds: Mapping[str, float]  # load, compile (0: cached), encode, [measure,] denoise, decode, total, per_call
+    predicted_rss_bytes: int | None  # see `runtime.footprint`; None: another provider, or the bundle does not say
     peak_rss_bytes: int | None  # of this process so far; None where the system does not tell
     bundle: Mapping[str, str | None]  # name, sha256 of bundle.json
 
@@ -117,6 +119,7 @@ class Pipeline:
             "low_memory": low_memory,
         }
         self._fallback = fallback_of(fallback)
+        self._process = peak_rss_bytes()
         self._sessions: dict[str, Session] = {}
         self._profiles: dict[tuple[int, ...], Profile] = {}  # by the shape of the latents
 
@@ -154,6 +157,16 @@ class Pipeline:
     def plan(self, prompt: str, **asked: Any) -> Plan:
         """What a call with the same arguments would do, without doing it; see `runtime.plan.make_plan`."""
         return make_plan(self.bundle, prompt, **asked)
+
+    def predict(self, plan: Plan, low_memory: bool | None = None) -> int | None:
+        """Bytes of memory that this process will hold at most while it draws a plan: `runtime.footprint.predict`.
+
+        `low_memory`: None for as this pipeline was opened. None for other providers than the CPU, for a bundle whose
+        facts do not say what its graphs take, or where the system does not tell what the process has already.
+        """
+        if self._process is None or set(self.providers) != {CPU.ort}:
+            return None
+        return predict(self.bundle, plan, self.low_memory if low_memory is None else low_memory, self._process)
 
     def __call__(
         self,
@@ -407,6 +420,7 @@ class Pipeline:
             | {"retries": clock.retries()},
             directions=slopes.directions,
             seconds=clock.seconds(last.calls),
+            predicted_rss_bytes=self.predict(plan),
             peak_rss_bytes=peak_rss_bytes(),
             bundle={"name": facts.name, "sha256": self.bundle.fingerprint()},
         )

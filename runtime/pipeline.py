@@ -23,6 +23,7 @@ from PIL import Image
 
 import epd
 
+from . import tiling
 from .amd_session import LIGHT, asked
 from .assignment import Assignment, Fallback, fallback_of, summary
 from .bundle import Bundle
@@ -120,6 +121,7 @@ class Pipeline:
         }
         self._fallback = fallback_of(fallback)
         self._process = peak_rss_bytes()
+        self._tiled = False  # whether it was told
         self._sessions: dict[str, Session] = {}
         self._profiles: dict[tuple[int, ...], Profile] = {}  # by the shape of the latents
 
@@ -323,10 +325,22 @@ class Pipeline:
         return Slopes(backbone, self.bundle.facts, halves, guidance, directions_of(backbone), interval, others)
 
     def decode(self, x: NDArray[np.float64]) -> NDArray[np.float32]:
-        """Latents (B, C, h, w) to pictures (B, H, W, 3) in [0, 1]; one at a time, for memory."""
+        """Latents (B, C, h, w) to pictures (B, H, W, 3) in [0, 1]; one at a time, for memory.
+
+        In tiles, where the decoder's graph is for smaller pictures: see `runtime.tiling`.
+        """
         latent, decoder = self.bundle.facts.latent, self._session("vae_decoder")
         scaled = x / latent.scaling + latent.shift
-        pictures = np.concatenate([decoder(latent_sample=row[None], want=["sample"])["sample"] for row in scaled])
+        shapes = {tensor.name: tensor.shape for tensor in decoder.inputs}
+        tile = tiling.tile_of(shapes.get("latent_sample", ()), x.shape)
+        if (told := tiling.told(tile, x.shape, latent.factor)) and not self._tiled:
+            log.warning("%s", told)
+            self._tiled = True
+
+        def run(part: NDArray[np.float64]) -> NDArray[Any]:
+            return decoder(latent_sample=part, want=["sample"])["sample"]
+
+        pictures = np.concatenate([tiling.decode(run, row[None], tile) for row in scaled])
         pixels: NDArray[np.float32] = np.clip(pictures.astype(np.float32) / 2 + np.float32(0.5), 0, 1)
         return pixels.transpose(0, 2, 3, 1)
 

@@ -42,7 +42,7 @@ def told(tile: tuple[int, int], shape: Sequence[int], factor: int) -> str:
 
 
 def starts(size: int, tile: int) -> list[int]:
-    """Where tiles begin on an axis of `size` >= `tile` >= 2 entries: the fewest that overlap by OVERLAP, evenly spread."""
+    """Where tiles (of 2 or more) begin on an axis of `size`: the fewest, evenly spread, that overlap by OVERLAP."""
     most = max(1, math.floor(tile * (1 - OVERLAP)))  # from one to the next
     count = math.ceil((size - tile) / most) + 1
     return [round(i * (size - tile) / max(1, count - 1)) for i in range(count)]

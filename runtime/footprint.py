@@ -12,6 +12,7 @@ from __future__ import annotations
 from .bundle import Bundle
 from .facts import Component
 from .plan import Plan
+from .session import LEAN_ROWS
 
 _RUNTIME = 40_000_000  # bytes of ONNX Runtime itself
 _ROOM = 1.15  # what an allocator takes for the activations that live at once, over their bytes
@@ -24,7 +25,7 @@ def predict(bundle: Bundle, plan: Plan, low_memory: bool, process: int) -> int |
     Parameters
     ----------
     low_memory
-        With weights mapped, one row a call, and every session released once its work is done.
+        With weights mapped, few rows a call, and every session released once its work is done.
     process
         Bytes of the process before anything is loaded.
     """
@@ -33,7 +34,8 @@ def predict(bundle: Bundle, plan: Plan, low_memory: bool, process: int) -> int |
     if any(parts[name].activation_bytes is None for name in (*encoders, bundle.backbone, "vae_decoder")):
         return None
     halves = 2 if plan.guided else 1
-    rows = 1 if low_memory else plan.points * len(plan.seeds) * halves
+    rows = plan.points * len(plan.seeds) * halves
+    rows = min(rows, LEAN_ROWS) if low_memory else rows
     encode = max(_held(parts[name], halves, low_memory) for name in encoders)
     denoise = _held(parts[bundle.backbone], rows, low_memory)
     decode = _held(parts["vae_decoder"], 1, low_memory)

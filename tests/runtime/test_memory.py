@@ -130,6 +130,26 @@ def test_low_memory_draws_the_same_and_keeps_nothing(bundles, family):
     assert full.profile(full.plan("")).file != lean.profile(lean.plan("")).file
 
 
+@pytest.mark.parametrize(("rows", "calls"), [(1, 1), (2, 1), (4, 2), (5, 3)])
+def test_low_memory_runs_few_rows_at_a_time(bundles, rows, calls):
+    bundle, random = Bundle.open(bundles["sd15"]), np.random.default_rng(0)
+    feeds = {
+        "sample": random.standard_normal((rows, 4, 4, 4)),
+        "timestep": np.arange(rows) * 100,
+        "encoder_hidden_states": random.standard_normal((rows, 8, tiny_bundle.WIDTH)),
+    }
+    with Session(bundle, "unet") as full, Session(bundle, "unet", low_memory=True) as lean:
+        assert np.abs(lean(**feeds)["out_sample"] - full(**feeds)["out_sample"]).max() < 1e-6
+        assert lean.calls == calls
+
+
+def test_a_graph_with_one_timestep_for_all_rows_runs_whole(bundles):
+    lean = Pipeline.from_pretrained(bundles["optimum"], low_memory=True)
+    full = Pipeline.from_pretrained(bundles["optimum"])
+    expected, got = (pipe("red", seed=1, num_inference_steps=2, output_type="np").images for pipe in (full, lean))
+    assert np.abs(got - expected).max() < 1e-5
+
+
 def test_the_backbone_is_gone_before_the_decoder_comes(bundles, monkeypatch):
     pipe, loaded = Pipeline.from_pretrained(bundles["sd15"], low_memory=True), []
     load = Session._load

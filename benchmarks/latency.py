@@ -94,6 +94,8 @@ class Latency:
     way: str  # in which the directions run
     provider: Mapping[str, Any]  # as `generate --json` tells
     placed: tuple[str, ...]  # in words, by component
+    low_memory: bool  # drawn so
+    predicted_rss_bytes: int | None  # as `generate --json` tells
     peak_rss_bytes: int | None
     import_seconds: float  # of this program and ONNX Runtime, in a process of its own
     first: Run
@@ -206,6 +208,8 @@ def measure(pipe: Pipeline, plan: Plan, runs: int, warmup: int, progress: Callab
         way=report.directions,
         provider=report.provider,
         placed=tuple(str(one.assignment) for one in pipe.sessions.values() if one.assignment is not None),
+        low_memory=pipe.low_memory,
+        predicted_rss_bytes=report.predicted_rss_bytes,
         peak_rss_bytes=peak_rss_bytes(),
         import_seconds=imported,
         first=first,

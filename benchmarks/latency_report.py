@@ -90,7 +90,8 @@ def _details(result: Latency, told: Mapping[str, Any]) -> list[str]:
         "overhead (neither loading nor inside ONNX Runtime): "
         + ("not known where calls of one session run at once" if share is None else f"{share:.1%} of a picture"),
         f"drift of the calls, second half of the runs against the first: {moved}",
-        f"peak memory {megabytes(result.peak_rss_bytes)}",
+        f"peak memory {megabytes(result.peak_rss_bytes)}, predicted {megabytes(result.predicted_rss_bytes)}"
+        + (" (--low-memory)" if result.low_memory else ""),
         f"provider asked {result.provider['asked']}, ran {result.provider['ran']}; threads as ONNX Runtime chooses",
         *result.placed,
         f"output {finite}, {same}: SHA-256 {result.first.sha256}",

@@ -68,6 +68,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"prompts whose pictures are compared with those at fp32, on the CPU (default: {plan.PICTURES}; 0: none)",
     )
+    add(
+        "--vae-tile",
+        type=int,
+        metavar="PIXELS",
+        help="a VAE decoder for tiles of so many pixels, which are blended: less memory for large pictures, which "
+        "then differ a little (default: for whole pictures)",
+    )
     add("--opset", type=int, choices=plan.OPSETS, help="of the graphs (default: the target's; 23 for cpu)")
     add("--revision", help="branch, tag or commit on the hub")
     add("--variant", help="weight files to take, such as fp16")
@@ -128,6 +135,7 @@ def run(given: argparse.Namespace, scratch: Path) -> dict[str, object]:
             given.opset,
             given.target,
             tuple(given.rows) if given.rows else None,
+            given.vae_tile,
             given.picture_check,
         ),
     )

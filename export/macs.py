@@ -34,9 +34,7 @@ def count(graph: Path, axis: str, rows: int = 1) -> dict[str, int]:
     ValueError
         A shape that is needed is not known, even by inference, or two counted nodes have one name.
     """
-    model = ir.load(graph)
-    _bind(model, axis)
-    ShapeInferencePass()(model)
+    model = shaped(graph, axis)
     counts: dict[str, int] = {}
     for node in model.graph:
         if rule := _COUNT.get((node.domain, node.op_type)):
@@ -44,6 +42,14 @@ def count(graph: Path, axis: str, rows: int = 1) -> dict[str, int]:
                 raise ValueError(f"two {node.op_type} nodes are named {node.name!r}: give every node a name of its own")
             counts[node.name] = rule(node) // rows
     return {name: macs for name, macs in counts.items() if macs}
+
+
+def shaped(graph: Path, axis: str) -> ir.Model:
+    """A graph with the shapes of its tensors, as far as inference finds them, the dynamic axis taken as one row."""
+    model = ir.load(graph)
+    _bind(model, axis)
+    ShapeInferencePass()(model)
+    return model
 
 
 def _bind(model: ir.Model, axis: str) -> None:

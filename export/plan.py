@@ -35,6 +35,7 @@ class Options:
     opset: int | None = None  # None: the target's
     target: str = "cpu"  # a key of targets.TARGETS
     rows: tuple[int, ...] | None = None  # of a static target's backbone, in place of 2 and 2 K
+    vae_tile: int | None = None  # pixels, height and width: the decoder is for tiles of so many; None: for the picture
     pictures: int | None = None  # to compare with those at fp32, one a prompt, where that is possible; 0: none
 
 
@@ -53,6 +54,13 @@ class Plan:
     target: str
     rows: dict[str, tuple[int, ...]]  # component -> row counts of its graphs, the first graph's first; (): dynamic
     pictures: int  # to compare with those at fp32; 0: none
+    vae_tile: int | None = None  # pixels
+
+    def size(self, component: str) -> tuple[int, int]:
+        """Height and width in pixels that a component's graph is for."""
+        if component != "vae_decoder" or self.vae_tile is None:
+            return self.height, self.width
+        return min(self.height, self.vae_tile), min(self.width, self.vae_tile)
 
     @property
     def backbone(self) -> str:
@@ -125,7 +133,19 @@ def make(checkpoint: Checkpoint, options: Options) -> Plan:
         options.target,
         {name: component_rows(name, rows) for name in chosen},
         _pictures(dtype, whole and not checkpoint.source.random_weights, options.pictures),
+        _tile(facts, options.vae_tile, max(height, width)),
     )
+
+
+def _tile(facts: Facts, pixels: int | None, side: int) -> int | None:
+    """The tile that was asked for; ExportError for one that the decoder cannot have or that would change nothing."""
+    factor = facts.latent.factor
+    if pixels is not None and (pixels % factor or not 4 * factor <= pixels < side):
+        raise ExportError(
+            f"--vae-tile {pixels}: must be a multiple of {factor}, {4 * factor} or more, and smaller than the "
+            f"picture's {side} pixels; leave it out to decode pictures whole"
+        )
+    return pixels
 
 
 def _pictures(dtype: str, drawable: bool, asked: int | None) -> int:

@@ -105,13 +105,17 @@ def export(job: Job) -> dict[str, Any]:
     return {
         "inputs": [asdict(tensor) for tensor in agreed.inputs],
         "outputs": [asdict(tensor) for tensor in agreed.outputs],
-        "macs": found[0],
+        "macs": found[0][0],
+        "activation_bytes": found[0][1],
     }
 
 
-def _export_graph(job: Job, facts: Any, module: Any, rows: int | None) -> dict[str, int]:
-    """Writes the graph of a row count, or of any (None), and its small twin; its multiply-accumulates for one row."""
-    from . import graph, macs
+def _export_graph(job: Job, facts: Any, module: Any, rows: int | None) -> tuple[dict[str, int], int]:
+    """Writes the graph of a row count, or of any (None), and its small twin.
+
+    Gives its multiply-accumulates and the bytes of its activations, both for one row.
+    """
+    from . import activations, graph, macs
     from .components import ROWS
     from .plan import trial_size
 
@@ -131,7 +135,7 @@ def _export_graph(job: Job, facts: Any, module: Any, rows: int | None) -> dict[s
         graph.save(model, path)
     else:
         graph.save_sharing(model, path, first)
-    found = macs.count(path, ROWS, rows or 1)
+    found = macs.count(path, ROWS, rows or 1), activations.peak(path, ROWS, rows or 1)
     del model
     if small != agreed:
         model = _trace(job, module, small, rows)

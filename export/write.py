@@ -381,6 +381,7 @@ def _write_component(plan: Plan, component: str, at: str, partial: Path, notes: 
             parity=Parity(tuple(compared["rows"]), compared["error"], compared["tolerance"]),
             rows=plan.rows[component],
             macs=exported["macs"],
+            activation_bytes=exported["activation_bytes"],
         ),
         time.perf_counter() - started,
         exported["peak_rss_bytes"],
@@ -391,6 +392,7 @@ def _write_component(plan: Plan, component: str, at: str, partial: Path, notes: 
 def _job(
     plan: Plan, task: str, component: str, at: str, partial: Path, notes: Path, prompts: Sequence[str] = ()
 ) -> Job:
+    height, width = plan.size(component)
     return Job(
         task=task,
         component=component,
@@ -398,8 +400,8 @@ def _job(
         folder=str(partial / component),
         result=str(notes / f"{component}.{task}.json"),
         precision=at,
-        height=plan.height,
-        width=plan.width,
+        height=height,
+        width=width,
         directions=plan.directions,
         opset=plan.opset,
         t5_tokens=plan.facts.text.t5_tokens,

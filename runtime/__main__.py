@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     draw.add_argument("--provider-option", action="append", default=[], metavar="KEY=VALUE", help="may be repeated")
     _add_fallback(draw)
+    _add_low_memory(draw)
     draw.add_argument(
         "--directions",
         metavar="WAY",
@@ -162,6 +163,14 @@ def _add_fallback(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_low_memory(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--low-memory",
+        action="store_true",
+        help="CPU: weights stay in their files, and every network is released once its work is done; slower",
+    )
+
+
 def _add_fit(commands: Any) -> None:
     learn = commands.add_parser(
         "fit", help="fit a solver table to a bundle, on this machine, from forward passes alone (minutes)"
@@ -212,6 +221,7 @@ def _generate(options: argparse.Namespace) -> None:
         provider_options=_pairs(options.provider_option),
         fallback=options.fallback,
         directions=options.directions,
+        low_memory=options.low_memory,
     )
     if options.from_metadata is not None:
         asked = _recorded(options.from_metadata, pipe, asked) | asked
@@ -221,6 +231,7 @@ def _generate(options: argparse.Namespace) -> None:
     files = _files(options.output, plan, pipe.bundle)
     for file in files:
         png.check_writable(file)
+    _warn_of_memory(pipe, plan)
     result = _draw(pipe, plan)
     for file, image, seed in zip(files, result.images, plan.seeds, strict=True):
         png.save(image, file, _parameters(pipe.bundle, result, seed))
@@ -238,7 +249,33 @@ def _told(report: Report) -> str:
     return (
         f"{report.steps} steps of {report.solver} in {report.seconds['total']:.1f} s on {report.provider['ran']}: "
         f"{report.sequential_calls} sequential calls, {report.total_evaluations} total evaluations, "
-        f"{report.guided_forwards} guided forwards"
+        f"{report.guided_forwards} guided forwards{_memory(report)}"
+    )
+
+
+def _memory(report: Report) -> str:
+    told = {"predicted": report.predicted_rss_bytes, "measured": report.peak_rss_bytes}
+    known = [f"{how} {gigabytes(count)}" for how, count in told.items() if count is not None]
+    return f"; memory: {', '.join(known)}" if known else ""
+
+
+def gigabytes(count: int) -> str:
+    return f"{count / 1e9:.3g} GB"
+
+
+def _warn_of_memory(pipe: Pipeline, plan: Plan) -> None:
+    """One line, if a drawing is predicted to take more memory than there is."""
+    from .memory import available_bytes, peak_rss_bytes
+
+    needed, free, held = pipe.predict(plan), available_bytes(), peak_rss_bytes()
+    if needed is None or free is None or held is None or needed - held <= free:
+        return
+    lean = pipe.predict(plan, low_memory=True)
+    better = "give fewer images, or a bundle of a smaller size or precision"
+    if not pipe.low_memory and lean is not None and lean < needed:
+        better = f"give --low-memory (about {gigabytes(lean)})"
+    logging.getLogger(__name__).warning(
+        "drawing takes about %s of memory, %s are available: %s", gigabytes(needed), gigabytes(free), better
     )
 
 
@@ -381,7 +418,7 @@ def _inspect(options: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from .bundle import Bundle
-    from .inspect import assignments, describe, describe_assignments, verify
+    from .inspect import assignments, describe, describe_assignments, predicted, verify
     from .pipeline import DEFAULT, find
 
     bundle = Bundle.open(find(DEFAULT if options.folder is None else options.folder))
@@ -394,6 +431,7 @@ def _inspect(options: argparse.Namespace) -> None:
     )
     if options.json:
         told = {"folder": str(bundle.folder), "foreign": bundle.foreign, "verified": options.verify}
+        told |= {"predicted_rss_bytes": predicted(bundle)}
         print(json.dumps(told | asdict(bundle.facts) | ({"assignments": list(map(asdict, placed))} if placed else {})))
     else:
         print(describe(bundle, verified=options.verify))

@@ -73,6 +73,7 @@ class Component:
     parity: Parity | None = None  # None: exported with the check switched off, or not by us
     rows: tuple[int, ...] = ()  # row counts of static graphs, one graph each; empty: the row axis is dynamic
     macs: Mapping[str, int] = field(default_factory=dict)  # node name -> multiply-accumulates for one row
+    activation_bytes: int | None = None  # of tensors that live at once, at most, for one row; None: not counted
 
     def graph_of(self, rows: int) -> str:
         """Path of the static graph of so many rows, one of `self.rows`, relative to the bundle."""
@@ -174,6 +175,10 @@ def read_facts(file: Path) -> Facts:
             raise BundleError(
                 f"{file}: components.{name}.rows is {list(part.rows)}, but not all of these graphs are there"
             )
+        if part.activation_bytes is not None and part.activation_bytes < 0:
+            raise BundleError(
+                f"{file}: components.{name}.activation_bytes is {part.activation_bytes}; export or copy it again"
+            )
     stored = [*(one for part in parts for one in part.files), *facts.files]
     for path in (*(part.graph for part in parts), *(one.path for one in stored), *facts.tables):
         check_inside(file, path)
@@ -188,6 +193,9 @@ def write_facts(folder: Path, facts: Facts) -> None:
     if facts.target == "cpu":  # the default; programs older than targets read the bundle too
         del content["target"]
     del content["picture"]
+    for part in content["components"].values():
+        if part["activation_bytes"] is None:
+            del part["activation_bytes"]
     write_whole(folder / FILE, (json.dumps(content, indent=1) + "\n").encode())
 
 

@@ -10,7 +10,10 @@ from epd.solvers import METHODS
 from .assignment import Assignment
 from .bundle import Bundle
 from .errors import ProviderError
-from .facts import Component, Family
+from .facts import REQUIRED, Component, Family
+from .footprint import predict
+from .memory import peak_rss_bytes
+from .plan import make_plan
 from .session import Session
 from .tables import load_table
 from .text import check_tokenizers
@@ -85,6 +88,9 @@ def describe(bundle: Bundle, *, verified: bool) -> str:
         f"tables      {', '.join(facts.tables) or 'none'}",
         f"picture     {_picture(bundle)}",
     ]
+    if (told := predicted(bundle)) is not None:
+        full, lean = (f"{count / 1e9:.3g} GB" for count in told.values())
+        lines.append(f"memory      {full} to draw a picture, {lean} with --low-memory (predicted, on the CPU)")
     if source.random_weights:
         lines.append("RANDOM WEIGHTS: its pictures mean nothing")
     if bundle.foreign:
@@ -94,6 +100,19 @@ def describe(bundle: Bundle, *, verified: bool) -> str:
         agree = "every SHA-256 agrees" if facts.files else "the SHA-256 of every graph agrees, no others are recorded"
         lines.append("verified: every graph and tokenizer loads" + ("" if bundle.foreign else f", {agree}"))
     return "\n".join(lines)
+
+
+def predicted(bundle: Bundle) -> dict[str, int] | None:
+    """Bytes that drawing a picture as the bundle does by default takes, at full speed and with low memory.
+
+    None where the bundle, or the system, does not say what is needed to know it.
+    """
+    parts, process = bundle.facts.components, peak_rss_bytes()
+    if process is None or any(name not in parts for name in REQUIRED[bundle.facts.family]) or bundle.foreign:
+        return None
+    plan = make_plan(bundle, "")
+    full, lean = (predict(bundle, plan, low_memory, process) for low_memory in (False, True))
+    return None if full is None or lean is None else {"full_speed": full, "low_memory": lean}
 
 
 def _picture(bundle: Bundle) -> str:

@@ -23,6 +23,7 @@ from PIL import Image
 
 import epd
 
+from . import tiling
 from .amd_session import LIGHT, asked
 from .assignment import Assignment, Fallback, fallback_of, summary
 from .bundle import Bundle
@@ -30,13 +31,14 @@ from .cachekey import drivers
 from .directions import Directions, check, settle
 from .errors import NotFiniteError, ProviderError, RequestError
 from .facts import REQUIRED
+from .footprint import predict
 from .memory import peak_rss_bytes
 from .noise import Stream
 from .ort import base_wheels, installed, onnxruntime
 from .plan import Plan, make_plan
 from .profiles import Profile, machine
-from .providers import check_options, provider_of
-from .session import Session
+from .providers import CPU, check_options, provider_of
+from .session import Session, check_low_memory
 from .slopes import Slopes, directions_of
 from .text import conditioning
 
@@ -60,6 +62,7 @@ class Report:
     provider: Mapping[str, Any]  # asked, ran, retries; nodes, macs_share, fallbacks: see `assignment.summary`
     directions: Directions
     seconds: Mapping[str, float]  # load, compile (0: cached), encode, [measure,] denoise, decode, total, per_call
+    predicted_rss_bytes: int | None  # see `runtime.footprint`; None: another provider, or the bundle does not say
     peak_rss_bytes: int | None  # of this process so far; None where the system does not tell
     bundle: Mapping[str, str | None]  # name, sha256 of bundle.json
 
@@ -84,6 +87,8 @@ class Pipeline:
     directions : "auto" | "batch" | "calls" | "async" | "spread", optional
         How the points of a request are run. auto: whatever is fastest here, measured once and kept. None: spread for
         several providers; auto if that was measured before; else batch.
+    low_memory : bool
+        CPU only: weights stay in their files, mapped into memory; every session is released once its work is done.
     """
 
     def __init__(
@@ -95,18 +100,28 @@ class Pipeline:
         session_options: Any = None,
         fallback: Fallback = "limited",
         directions: str | None = None,
+        low_memory: bool = False,
     ) -> None:
         bundle.require(*REQUIRED[bundle.facts.family])
         rows = [asked(bundle, provider_of(one.strip())) for one in provider.split(",")]  # a wrong one is told now
         check_options(rows[0], provider_options or {})
         check(directions, len(rows))
+        for row in rows if low_memory else ():
+            check_low_memory(row)
         if session_options is not None and len(rows) > 1:
             raise ProviderError("session_options are made for one provider; leave them out, or name one provider")
         self.providers = [row.ort for row in rows]  # ONNX Runtime's names
         self.bundle, self.provider, self.directions = bundle, provider, directions
         self.options = dict(provider_options or {})  # of the first provider
-        self._options = {"provider_options": provider_options, "session_options": session_options}
+        self.low_memory = low_memory
+        self._options: dict[str, Any] = {
+            "provider_options": provider_options,
+            "session_options": session_options,
+            "low_memory": low_memory,
+        }
         self._fallback = fallback_of(fallback)
+        self._process = peak_rss_bytes()
+        self._tiled = False  # whether it was told
         self._sessions: dict[str, Session] = {}
         self._profiles: dict[tuple[int, ...], Profile] = {}  # by the shape of the latents
 
@@ -120,6 +135,7 @@ class Pipeline:
         session_options: Any = None,
         fallback: Fallback = "limited",
         directions: str | None = None,
+        low_memory: bool = False,
     ) -> Pipeline:
         """Opens a bundle: a folder, or the name of one that ships with this package.
 
@@ -137,11 +153,22 @@ class Pipeline:
             session_options=session_options,
             fallback=fallback,
             directions=directions,
+            low_memory=low_memory,
         )
 
     def plan(self, prompt: str, **asked: Any) -> Plan:
         """What a call with the same arguments would do, without doing it; see `runtime.plan.make_plan`."""
         return make_plan(self.bundle, prompt, **asked)
+
+    def predict(self, plan: Plan, low_memory: bool | None = None) -> int | None:
+        """Bytes of memory that this process will hold at most while it draws a plan: `runtime.footprint.predict`.
+
+        `low_memory`: None for as this pipeline was opened. None for other providers than the CPU, for a bundle whose
+        facts do not say what its graphs take, or where the system does not tell what the process has already.
+        """
+        if self._process is None or set(self.providers) != {CPU.ort}:
+            return None
+        return predict(self.bundle, plan, self.low_memory if low_memory is None else low_memory, self._process)
 
     def __call__(
         self,
@@ -259,8 +286,10 @@ class Pipeline:
         x = step.x / plan.end_scale
         clock.lap("denoise")
 
+        self._release()
         with _stage("while decoding"):
             images: Any = x.astype(np.float32) if output_type == "latent" else self.decode(x)
+        self._release()
         if output_type == "pil":
             images = [Image.fromarray(np.rint(image * 255).astype(np.uint8)) for image in images]
         clock.lap("decode")
@@ -296,10 +325,22 @@ class Pipeline:
         return Slopes(backbone, self.bundle.facts, halves, guidance, directions_of(backbone), interval, others)
 
     def decode(self, x: NDArray[np.float64]) -> NDArray[np.float32]:
-        """Latents (B, C, h, w) to pictures (B, H, W, 3) in [0, 1]; one at a time, for memory."""
+        """Latents (B, C, h, w) to pictures (B, H, W, 3) in [0, 1]; one at a time, for memory.
+
+        In tiles, where the decoder's graph is for smaller pictures: see `runtime.tiling`.
+        """
         latent, decoder = self.bundle.facts.latent, self._session("vae_decoder")
         scaled = x / latent.scaling + latent.shift
-        pictures = np.concatenate([decoder(latent_sample=row[None], want=["sample"])["sample"] for row in scaled])
+        shapes = {tensor.name: tensor.shape for tensor in decoder.inputs}
+        tile = tiling.tile_of(shapes.get("latent_sample", ()), x.shape)
+        if (told := tiling.told(tile, x.shape, latent.factor)) and not self._tiled:
+            log.warning("%s", told)
+            self._tiled = True
+
+        def run(part: NDArray[np.float64]) -> NDArray[Any]:
+            return decoder(latent_sample=part, want=["sample"])["sample"]
+
+        pictures = np.concatenate([tiling.decode(run, row[None], tile) for row in scaled])
         pixels: NDArray[np.float32] = np.clip(pictures.astype(np.float32) / 2 + np.float32(0.5), 0, 1)
         return pixels.transpose(0, 2, 3, 1)
 
@@ -312,6 +353,11 @@ class Pipeline:
         """Releases all sessions; they are loaded again when needed."""
         for session in self._sessions.values():
             session.unload()
+
+    def _release(self) -> None:
+        """What has done its work in a drawing, if memory is to be low."""
+        if self.low_memory:
+            self.close()
 
     def identity(self) -> str:
         """Of the weights: the bundle's, or the sizes and times of a foreign folder's files."""
@@ -341,7 +387,7 @@ class Pipeline:
             "providers": self.providers,
             "options": self.options,
             "latent": plan.latent_shape,
-            "session": [str(getattr(options, name, "")) for name in settings],
+            "session": [str(getattr(options, name, "")) for name in settings] + ["low memory"] * self.low_memory,
             "packages": {"onnxruntime": onnxruntime().__version__} | base_wheels() | installed(plugins),
             "drivers": {row.name: drivers(row) for row in rows},
             "machine": machine(),
@@ -388,6 +434,7 @@ class Pipeline:
             | {"retries": clock.retries()},
             directions=slopes.directions,
             seconds=clock.seconds(last.calls),
+            predicted_rss_bytes=self.predict(plan),
             peak_rss_bytes=peak_rss_bytes(),
             bundle={"name": facts.name, "sha256": self.bundle.fingerprint()},
         )

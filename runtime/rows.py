@@ -29,6 +29,11 @@ def _before(best: list[tuple[int, ...] | None], rows: int) -> tuple[int, ...] | 
     return best[rows] if rows >= 0 else None
 
 
+def few(rows: int, most: int) -> tuple[int, ...]:
+    """Calls of `most` rows, and one of those left over."""
+    return (most,) * (rows // most) + ((rows % most,) if rows % most else ())
+
+
 def cut(calls: Sequence[int]) -> list[NDArray[np.intp]]:
     """The rows of each call, (size,) of indices: in order where one call takes all of them."""
     n = sum(calls)

@@ -25,11 +25,17 @@ from .errors import BundleError, NotFiniteError, ProviderError, RequestError
 from .facts import Tensor
 from .interrupt import Hand
 from .ort import failures, one_line, onnxruntime, require
-from .providers import CPU, check_options, provider_of
-from .rows import calls_of, cut, in_turn, join, rows_of
+from .providers import CPU, Provider, check_options, provider_of
+from .rows import calls_of, cut, few, in_turn, join, rows_of
 from .tensors import declared, fit, not_finite
 
 log = logging.getLogger(__name__)
+
+LEAN_ROWS = 2  # of a call with low memory: a guided pair, for what a call takes grows with its rows
+_LEAN = {  # session entries under which weights stay in the file that onnxruntime maps into memory
+    "session.disable_prepacking": "1",  # which copies those of products
+    "optimization.constant_folding_max_output_size_in_bytes": str(2**20),  # else fp16 weights are kept in fp32, too
+}
 
 
 class Session:
@@ -49,6 +55,8 @@ class Session:
     fallback : {"limited", "allowed", "never"}
         What may run on the CPU in place of another provider: of the backbone up to 10 % of the compute (of the other
         components anything), anything, or no node of any component. Whatever does is a warning.
+    low_memory : bool
+        Weights stay in their files, mapped into memory, and calls of many rows run as calls of LEAN_ROWS; CPU only.
     rows : int, optional
         Of a component with one graph per row count: the graph of so many rows alone. None: each call runs the graph
         of its rows, or, where there is none, several calls of fewer rows (see `runtime.rows`), which is told.
@@ -73,6 +81,7 @@ class Session:
         provider_options: Mapping[str, str] | None = None,
         session_options: Any = None,
         fallback: Fallback = "limited",
+        low_memory: bool = False,
         rows: int | None = None,
     ) -> None:
         self.bundle, self.component = bundle, component
@@ -80,7 +89,9 @@ class Session:
         self._row, options, self.fallback = amd_session.settle(
             bundle, component, provider_of(provider), provider_options, fallback
         )
-        self.provider = self._row.ort
+        self.provider, self._lean = self._row.ort, low_memory
+        if low_memory:
+            check_low_memory(self._row)
         check_options(self._row, options)
         self.load_seconds = self.compile_seconds = self.run_seconds = 0.0
         self.calls = self.retries = 0
@@ -105,6 +116,7 @@ class Session:
                 provider_options=provider_options,
                 session_options=session_options,
                 fallback=fallback,
+                low_memory=low_memory,
                 rows=count,
             )
             for count in counts
@@ -296,6 +308,13 @@ class Session:
             return self._in_calls(self._checked(arrays), want)
         self.load()
         feeds, names = self._checked(arrays), self._names(want)
+        if not self._lean or not all(tensor.shape and isinstance(tensor.shape[0], str) for tensor in self._inputs):
+            return self._answer(names, feeds)
+        parts = cut(few(rows_of(self.component, feeds), LEAN_ROWS))
+        return join([self._answer(names, {name: feeds[name][rows] for name in feeds}) for rows in parts], parts)
+
+    def _answer(self, names: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """The outputs of one run, all of them finite."""
         results = self._run(names, feeds)
         wrong = not_finite(names, results)
         if wrong and self._row.flaky:
@@ -394,6 +413,9 @@ class Session:
         if options is None:  # threads are left to onnxruntime: one per physical core
             options = ort.SessionOptions()
             options.log_severity_level = 3
+            options.enable_mem_pattern = self._row is not CPU  # whose plan for each row count is kept, in new memory
+        if self._lean:
+            _make_lean(ort, options)
         options.add_session_config_entry(assignment.RECORD, "1")
         if strict and self._strict(ort):
             options.add_session_config_entry(assignment.STRICT, "1")
@@ -423,6 +445,22 @@ class Session:
         if arrays.keys() != tensors.keys():
             raise RequestError(f"{self.component}: expected the inputs {', '.join(tensors)}; got {', '.join(arrays)}")
         return {name: fit(self.component, tensors[name], np.asarray(value)) for name, value in arrays.items()}
+
+
+def check_low_memory(row: Provider) -> None:
+    """ProviderError for a provider whose sessions have no use for it."""
+    if row is not CPU:
+        raise ProviderError(
+            f"{row.ort}: --low-memory keeps weights in mapped files, which is for the CPU provider; "
+            "leave it out, or give --provider cpu"
+        )
+
+
+def _make_lean(ort: ModuleType, options: Any) -> None:
+    for name, value in _LEAN.items():
+        options.add_session_config_entry(name, value)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED  # one more copies convolutions'
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # which keep what calls took
 
 
 def _any_rows(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

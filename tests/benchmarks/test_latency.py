@@ -153,6 +153,16 @@ def test_files(bundles, tmp_path, capsys):
     assert told["summary"]["start"]["import"] == 0.25
 
 
+def test_low_memory_is_told_and_loads_anew_for_every_picture(bundles, capsys):
+    command = ["latency", str(bundles["sd15"]), "--steps", "1", "--runs", "3", "--low-memory"]
+    assert main([*command, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["low_memory"]
+    assert all(run["loads"]["unet"] > 0 for run in told["runs"])
+    assert main(command) == 0
+    assert "(--low-memory)" in capsys.readouterr().out
+
+
 def test_importing_takes_time(monkeypatch):
     monkeypatch.undo()
     assert 0.01 < latency._import_seconds() < 60

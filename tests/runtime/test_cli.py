@@ -38,7 +38,7 @@ def test_generate_json_has_the_keys_of_the_design(bundles, tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out)
     assert list(printed) == [
         "images", "seeds", "prompt", "solver", "steps", "sequential_calls", "total_evaluations", "guided_forwards",
-        "guidance_interval", "provider", "directions", "seconds", "peak_rss_bytes", "bundle",
+        "guidance_interval", "provider", "directions", "seconds", "predicted_rss_bytes", "peak_rss_bytes", "bundle",
     ]  # fmt: skip
     assert printed["images"] == [str(out)]
     assert list(printed["provider"]) == ["asked", "ran", "nodes", "macs_share", "fallbacks", "retries"]

@@ -1,0 +1,49 @@
+"""Peak memory of a drawing on the CPU, predicted from what a bundle's facts say: weights, and activations of each row.
+
+    process + max over encoding, denoising, decoding of (weights held then + rows * activations)
+
+Weights are in memory once: ONNX Runtime gives back each tensor that it has laid out anew, and what is mapped counts
+where it was read. Full speed keeps the backbone, and the room its calls took, while it decodes. Not known: what other
+providers keep on their devices, and the caller's own session options.
+"""
+
+from __future__ import annotations
+
+from .bundle import Bundle
+from .facts import Component
+from .plan import Plan
+from .session import LEAN_ROWS
+
+_RUNTIME = 40_000_000  # bytes of ONNX Runtime itself
+_ROOM = 1.15  # what an allocator takes for the activations that live at once, over their bytes
+_WIDENED = ("fp16", "bf16", "fp16-weights")  # precisions whose weights the CPU computes with in fp32
+
+
+def predict(bundle: Bundle, plan: Plan, low_memory: bool, process: int) -> int | None:
+    """Bytes resident at most while a plan is drawn; None for a bundle that does not say what its activations take.
+
+    Parameters
+    ----------
+    low_memory
+        With weights mapped, few rows a call, and every session released once its work is done.
+    process
+        Bytes of the process before anything is loaded.
+    """
+    parts = bundle.facts.components
+    encoders = [name for name in parts if name.startswith("text_encoder")]
+    if any(parts[name].activation_bytes is None for name in (*encoders, bundle.backbone, "vae_decoder")):
+        return None
+    halves = 2 if plan.guided else 1
+    rows = plan.points * len(plan.seeds) * halves
+    rows = min(rows, LEAN_ROWS) if low_memory else rows
+    encode = max(_held(parts[name], halves, low_memory) for name in encoders)
+    denoise = _held(parts[bundle.backbone], rows, low_memory)
+    decode = _held(parts["vae_decoder"], 1, low_memory)
+    phases = (encode, denoise, decode if low_memory else denoise + decode)
+    return process + _RUNTIME + max(phases)
+
+
+def _held(component: Component, rows: int, low_memory: bool) -> int:
+    weights = sum(stored.bytes for stored in component.files)
+    wide = 2 if component.precision in _WIDENED and not low_memory else 1
+    return wide * weights + int(_ROOM * rows * (component.activation_bytes or 0))

@@ -413,7 +413,8 @@ class Session:
         if options is None:  # threads are left to onnxruntime: one per physical core
             options = ort.SessionOptions()
             options.log_severity_level = 3
-            options.enable_mem_pattern = self._row is not CPU  # whose plan for each row count is kept, in new memory
+            if self._row is CPU:  # a plan for each row count is new memory, kept; reuse ties tensors that could go
+                options.enable_mem_pattern = options.enable_mem_reuse = False
         if self._lean:
             _make_lean(ort, options)
         options.add_session_config_entry(assignment.RECORD, "1")
@@ -460,7 +461,6 @@ def _make_lean(ort: ModuleType, options: Any) -> None:
     for name, value in _LEAN.items():
         options.add_session_config_entry(name, value)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED  # one more copies convolutions'
-    options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # which keep what calls took
 
 
 def _any_rows(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

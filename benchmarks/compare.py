@@ -1,0 +1,382 @@
+"""The same work by this program and by others, in one run: who is how much faster, and what memory it takes.
+
+    python -m benchmarks compare MODEL --against diffusers,optimum,openvino,floor,bundle=FOLDER [--python NAME=PYTHON]
+
+Every turn is a process of its own: it loads, runs once for nothing, then the timed runs. So its peak of memory is its
+own, and contenders need not fit into memory together. Turns are taken round by round, and a ratio is one of a round: a
+machine that slows down slows both. The work is one call of the backbone (`--work backbone`: inputs drawn from a fixed
+seed, the same for all), or whole pictures (`--work picture`: ours by its solver, peers by Euler's method with as many
+guided forwards; the rows their backbones saw are counted, so that a step left out is told). Answers are compared where
+the weights are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from runtime.profiles import Others, Timing, timing, usable_cores
+
+from .common import add_outputs, check_outputs, comma_separated, write
+from .machine import Machine, machine
+
+if TYPE_CHECKING:
+    from .compare_work import Work
+    from .peers import Contender, Weights
+
+PROMPT = "a red circle on a white background"
+ROUNDS = {"backbone": 5, "picture": 2}  # if nothing is said
+_ALLOCATION = re.compile("allocat|MemoryError|bad_alloc|out of memory", re.IGNORECASE)
+_KILLED = (-9, 137)  # exit status where the system ends a process for want of memory
+Tell = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One process; seconds."""
+
+    round: int  # from 1
+    load: float | None  # libraries and weights; None: nothing to load
+    first: float | None  # the run before the timed ones
+    runs: tuple[float, ...]
+    peak_rss_bytes: int | None
+    sha256: str | None  # of the last run's answer, float32; None: it gives none
+
+
+@dataclass(frozen=True)
+class Side:
+    """A contender and its turns."""
+
+    name: str
+    does: str  # where that is not what ours does
+    weights: Weights
+    precision: str
+    threads: int
+    versions: Mapping[str, str]
+    notes: tuple[str, ...]  # in words, what else must be known
+    error: float | None  # largest difference from our answer over its largest magnitude; None: not comparable
+    turns: tuple[Turn, ...]
+
+    @property
+    def seconds(self) -> Timing:
+        return timing([seconds for turn in self.turns for seconds in turn.runs])
+
+    def median(self, what: str) -> float | None:
+        """Over the turns, of `load`, `first` or `peak_rss_bytes`; None where a turn has none."""
+        values = [getattr(turn, what) for turn in self.turns]
+        return None if None in values else median(values)
+
+    def ratio(self, other: Side) -> Timing:
+        """Seconds of this one over those of the other, round by round."""
+        rounds = zip(self.turns, other.turns, strict=True)
+        return timing([median(mine.runs) / median(its.runs) for mine, its in rounds])
+
+    def memory(self, other: Side) -> float | None:
+        """Peak of this one over that of the other; None where it is not known of both."""
+        mine, its = self.median("peak_rss_bytes"), other.median("peak_rss_bytes")
+        return None if mine is None or its is None else mine / its
+
+    def summary(self, ours: Side) -> dict[str, Any]:
+        return {
+            "load": self.median("load"),
+            "first": self.median("first"),
+            "seconds": self.seconds._asdict(),
+            "ratio": self.ratio(ours)._asdict(),
+            "peak_rss_bytes": self.median("peak_rss_bytes"),
+            "memory_ratio": self.memory(ours),
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The whole result; `to_json` of it is what --json prints. The first side is ours."""
+
+    model: str
+    bundle: str | None  # SHA-256 of bundle.json
+    work: str  # backbone | picture
+    told: str  # what was done, in words
+    random_weights: bool
+    rows: int
+    threads: int  # that every contender was given
+    rounds: int
+    runs: int  # in each round
+    sides: tuple[Side, ...]
+    others: float | None  # share of the processors that other programs took meanwhile
+    machine: Machine
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"summary": {side.name: side.summary(self.sides[0]) for side in self.sides}}
+
+
+def measure(work: Work, contenders: Sequence[Contender], rounds: int, place: Path, tell: Tell) -> Comparison:
+    """Takes the turns, ours first in each round; `place` is for files, `tell` hears of every run that is done.
+
+    Raises
+    ------
+    RequestError
+        A contender that crashed or ran out of memory.
+    """
+    for one in contenders:
+        if one.exports is not None:
+            _export(one, place)
+    here, others = machine(), _Others()
+    facts: dict[str, dict[str, Any]] = {}
+    turns: dict[str, list[Turn]] = {one.name: [] for one in contenders}
+    for number in range(1, rounds + 1):
+        for index, one in enumerate(contenders):
+            job = dict(one.job) | {"output": str(_answer(place, index))}
+            facts[one.name] = said = _process(one, job, place, f"in round {number}", tell)
+            turns[one.name].append(_turn(number, said))
+    answers = [_error(work, contenders, facts, place, index) for index in range(len(contenders))]
+    sides = [
+        _side(one, facts[one.name], turns[one.name], error) for one, error in zip(contenders, answers, strict=True)
+    ]
+    bundle = work.bundle
+    return Comparison(
+        model=bundle.facts.name,
+        bundle=bundle.fingerprint(),
+        work=work.kind,
+        told=work.told,
+        random_weights=bundle.facts.source.random_weights,
+        rows=work.rows,
+        threads=work.threads,
+        rounds=rounds,
+        runs=work.runs,
+        sides=tuple(sides),
+        others=others.share(),
+        machine=here,
+    )
+
+
+def _turn(number: int, said: Mapping[str, Any]) -> Turn:
+    optional = [said.get(name) for name in ("load", "first")]
+    return Turn(number, *optional, tuple(said["runs"]), said.get("peak_rss_bytes"), said.get("sha256"))
+
+
+def _side(one: Contender, said: Mapping[str, Any], turns: Sequence[Turn], error: float | None) -> Side:
+    notes = list(said.get("notes", ()))
+    if said.get("one_time"):
+        notes.append("its graph takes one time for all rows: K directions would be K calls")
+    if one.forwards is not None and said["guided_forwards"] != one.forwards:
+        notes.append(f"ITS BACKBONE SAW {said['guided_forwards']} ROWS A PICTURE where {one.forwards} were asked for")
+    if not said.get("finite", True):
+        notes.append("its answer is NOT FINITE")
+    if len({turn.sha256 for turn in turns}) > 1:
+        notes.append("its answer was not the same in every round")
+    return Side(
+        name=one.name,
+        does=one.does,
+        weights=one.weights,
+        precision=said["precision"],
+        threads=said["threads"],
+        versions={name: version for name, version in said["versions"].items() if version is not None},
+        notes=tuple(notes),
+        error=error,
+        turns=tuple(turns),
+    )
+
+
+def _answer(place: Path, index: int) -> Path:
+    return place / f"answer-{index}.npy"
+
+
+def _error(
+    work: Work, contenders: Sequence[Contender], facts: Mapping[str, Any], place: Path, index: int
+) -> float | None:
+    """Of a contender's last answer against ours, over the rows that were asked the same."""
+    import numpy as np
+
+    one = contenders[index]
+    if one is contenders[0] or one.does or one.weights in ("other", "none"):
+        return None
+    mine, its = np.load(_answer(place, 0)), np.load(_answer(place, index))
+    if mine.shape != its.shape or not np.isfinite(its).all():
+        return None
+    if facts[one.name].get("one_time"):
+        times = np.load(work.feeds)["timestep"]
+        mine, its = mine[times == times[0]], its[times == times[0]]
+    return float(np.abs(its - mine).max() / max(np.abs(mine).max(), 1e-12))
+
+
+def _process(one: Contender, job: Mapping[str, Any], place: Path, when: str, tell: Tell) -> dict[str, Any]:
+    """What a contender's process says of a job; `runs`: its timed ones. It ends with this call, however that ends."""
+    found: dict[str, Any] = {"runs": []}
+    with tempfile.TemporaryFile(dir=place) as errors:
+        process = subprocess.Popen(
+            one.command,
+            cwd=place,
+            env=one.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            encoding="utf-8",
+        )
+        try:
+            for line in _lines(process, json.dumps(job)):
+                said = json.loads(line)
+                if said.keys() & {"load", "first", "run"}:
+                    tell()
+                if "run" in said:
+                    found["runs"].append(said["run"])
+                else:
+                    found |= said
+            status = process.wait()
+        finally:
+            process.kill()
+            process.communicate()
+        if status:
+            errors.seek(0)
+            raise _crashed(one, status, when, errors.read().decode(errors="replace"))
+    return found
+
+
+def _lines(process: subprocess.Popen[str], job: str) -> Iterator[str]:
+    assert process.stdin is not None  # both are pipes
+    assert process.stdout is not None
+    try:
+        process.stdin.write(job + "\n")
+        process.stdin.flush()
+    except BrokenPipeError:  # it has ended: its status tells
+        return
+    yield from process.stdout
+
+
+def _crashed(one: Contender, status: int, when: str, errors: str) -> Exception:
+    from runtime.errors import RequestError
+
+    line = ([line.strip() for line in errors.splitlines() if line.strip()] or ["it said nothing"])[-1]
+    if status in _KILLED or _ALLOCATION.search(line):
+        return RequestError(
+            f"{one.name} ran out of memory {when}, or was killed for it ({line:.200}); close other programs, "
+            "leave it out of --against, or compare a smaller model"
+        )
+    return RequestError(f"{one.name} failed {when} (exit status {status}): {line:.300}")
+
+
+def _export(one: Contender, place: Path) -> None:
+    """Has a contender make the folder that it reads, whole or not at all."""
+    assert one.exports is not None
+    folder = Path(one.exports["export"])
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as aside:
+        whole = Path(aside) / folder.name
+        _process(one, dict(one.exports) | {"export": str(whole)}, place, "while exporting", lambda: None)
+        os.replace(whole, folder)
+
+
+class _Others(Others):
+    """Other programs are neither this one nor its processes, each of which has ended when they are counted."""
+
+    @staticmethod
+    def _seconds() -> float | None:
+        found, times = Others._seconds(), os.times()
+        return None if found is None else found - times.children_user - times.children_system
+
+
+def add(commands: Any) -> None:
+    """Registers the command with `argparse`'s subparsers."""
+    command = commands.add_parser("compare", help="the same work by this program and by others")
+    command.set_defaults(run=_run)
+    command.add_argument("model", metavar="MODEL", help="a bundle folder, or the name of a shipped one")
+    command.add_argument(
+        "--against",
+        required=True,
+        metavar="NAME[=FOLDER],...",
+        help="diffusers (torch eager; FOLDER: the checkpoint), optimum (FOLDER: that it exported), openvino (FOLDER: "
+        "whose graph), floor (computed), bundle=FOLDER",
+    )
+    command.add_argument(
+        "--python",
+        action="append",
+        default=[],
+        metavar="NAME=PYTHON",
+        help="interpreter of a peer's own environment (default: this one); may be repeated",
+    )
+    command.add_argument(
+        "--work", choices=ROUNDS, default="backbone", help="one call of it (default), or whole pictures"
+    )
+    command.add_argument("--rows", type=int, metavar="R", help="of the call (default 4: K = 2, guided)")
+    command.add_argument("--rounds", type=int, metavar="N", help="2 or more (default 5; of pictures 2)")
+    command.add_argument("--runs", type=int, default=1, metavar="N", help="timed, of each in each round (default 1)")
+    command.add_argument("--threads", type=int, metavar="T", help="of every contender (default: one per core)")
+    command.add_argument(
+        "--dtype", choices=("fp32", "bf16"), default="fp32", help="of diffusers and openvino (default fp32)"
+    )
+    command.add_argument("--steps", type=int, metavar="N", help="pictures: intervals of ours (default 10)")
+    command.add_argument("-k", type=int, metavar="K", help="pictures: directions of the start table (default 2)")
+    command.add_argument("--table", metavar="FILE|NAME", help="pictures: draw ours with this table")
+    command.add_argument("--prompt", default=PROMPT, metavar="TEXT", help=f"pictures: default {PROMPT}")
+    add_outputs(command)
+
+
+def _run(options: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from runtime.bundle import Bundle
+    from runtime.errors import RequestError
+    from runtime.pipeline import find
+
+    from . import compare_report
+    from .peers import against, ours
+
+    check_outputs(options)
+    rounds = ROUNDS[options.work] if options.rounds is None else options.rounds
+    if rounds < 2 or min(options.runs, options.threads or 1, options.rows or 1) < 1:
+        raise RequestError("--rounds must be 2 or more, --runs, --threads and --rows 1 or more")
+    bundle = Bundle.open(find(options.model))
+    if bundle.foreign:
+        raise RequestError(
+            f"{options.model}: a foreign folder; give a bundle of `python -m export`, and it as optimum=FOLDER"
+        )
+    with tempfile.TemporaryDirectory(prefix="compare-") as folder:
+        place = Path(folder)
+        work = _work(options, bundle, place)
+        contenders = [*ours(work), *against(work, options.against.split(","), _pythons(options.python))]
+        with tqdm(total=rounds * len(contenders) * (2 + work.runs), unit="run", disable=None, leave=False) as bar:
+            result = measure(work, contenders, rounds, place, lambda: bar.update(1))
+    if options.csv is not None:
+        write(options.csv, comma_separated(compare_report.rows(result)))
+    if options.markdown is not None:
+        write(options.markdown, compare_report.markdown(result))
+    if options.plot is not None:
+        compare_report.plot(result, options.plot)
+    print(json.dumps(result.to_json(), allow_nan=False) if options.json else compare_report.markdown(result))
+
+
+def _work(options: argparse.Namespace, bundle: Any, place: Path) -> Work:
+    from runtime.errors import RequestError
+
+    from .compare_work import backbone_work, picture_work
+
+    threads = options.threads or min(machine().cores or os.cpu_count() or 1, usable_cores() or 1)
+    given = [name for name in ("steps", "k", "table") if getattr(options, name) is not None]
+    if options.work == "picture":
+        if options.rows is not None:
+            raise RequestError("--rows is for --work backbone; leave it out")
+        asked = {"table": options.table} if options.table else {"solver": "epd", "k": options.k or 2}
+        if options.steps is not None or not options.table:
+            asked["num_inference_steps"] = options.steps or 10
+        return picture_work(bundle, options.dtype, options.runs, threads, options.prompt, asked)
+    if given:
+        raise RequestError(f"--{given[0]} is for --work picture; leave it out")
+    return backbone_work(bundle, options.dtype, options.rows or 4, options.runs, threads, place)
+
+
+def _pythons(texts: Sequence[str]) -> dict[str, str]:
+    from runtime.errors import RequestError
+
+    pairs = [text.partition("=") for text in texts]
+    wrong = [text for text, (name, _, python) in zip(texts, pairs, strict=True) if not name or not python]
+    if wrong:
+        raise RequestError(f"--python {wrong[0]!r} is not NAME=PYTHON")
+    return {name: python for name, _, python in pairs}

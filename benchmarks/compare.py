@@ -15,18 +15,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from runtime.profiles import Others, Timing, timing, usable_cores
+from runtime.profiles import Timing, timing, usable_cores
 
 from .common import add_outputs, check_outputs, comma_separated, write
+from .compare_process import Others, Tell, export, turn_of
 from .machine import Machine, machine
 
 if TYPE_CHECKING:
@@ -34,10 +33,8 @@ if TYPE_CHECKING:
     from .peers import Contender, Weights
 
 PROMPT = "a red circle on a white background"
+STEPS = 10  # intervals of a picture, if nothing is said
 ROUNDS = {"backbone": 5, "picture": 2}  # if nothing is said
-_ALLOCATION = re.compile("allocat|MemoryError|bad_alloc|out of memory", re.IGNORECASE)
-_KILLED = (-9, 137)  # exit status where the system ends a process for want of memory
-Tell = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -126,20 +123,17 @@ def measure(work: Work, contenders: Sequence[Contender], rounds: int, place: Pat
         A contender that crashed or ran out of memory.
     """
     for one in contenders:
-        if one.exports is not None:
-            _export(one, place)
-    here, others = machine(), _Others()
+        export(one, place)
+    here, others = machine(), Others()
     facts: dict[str, dict[str, Any]] = {}
     turns: dict[str, list[Turn]] = {one.name: [] for one in contenders}
     for number in range(1, rounds + 1):
         for index, one in enumerate(contenders):
             job = dict(one.job) | {"output": str(_answer(place, index))}
-            facts[one.name] = said = _process(one, job, place, f"in round {number}", tell)
+            facts[one.name] = said = turn_of(one, job, place, f"in round {number}", tell)
             turns[one.name].append(_turn(number, said))
-    answers = [_error(work, contenders, facts, place, index) for index in range(len(contenders))]
-    sides = [
-        _side(one, facts[one.name], turns[one.name], error) for one, error in zip(contenders, answers, strict=True)
-    ]
+    errors = [_error(work, one, facts[one.name], place, index) for index, one in enumerate(contenders)]
+    sides = [_side(one, facts[one.name], turns[one.name], error) for one, error in zip(contenders, errors, strict=True)]
     bundle = work.bundle
     return Comparison(
         model=bundle.facts.name,
@@ -189,98 +183,19 @@ def _answer(place: Path, index: int) -> Path:
     return place / f"answer-{index}.npy"
 
 
-def _error(
-    work: Work, contenders: Sequence[Contender], facts: Mapping[str, Any], place: Path, index: int
-) -> float | None:
-    """Of a contender's last answer against ours, over the rows that were asked the same."""
+def _error(work: Work, one: Contender, said: Mapping[str, Any], place: Path, index: int) -> float | None:
+    """Of the last answer of the contender of that index against ours, over the rows that were asked the same."""
     import numpy as np
 
-    one = contenders[index]
-    if one is contenders[0] or one.does or one.weights in ("other", "none"):
+    if one.does or one.weights in ("other", "none"):
         return None
-    mine, its = np.load(_answer(place, 0)), np.load(_answer(place, index))
-    if mine.shape != its.shape or not np.isfinite(its).all():
+    ours, its = np.load(_answer(place, 0)), np.load(_answer(place, index))
+    if ours.shape != its.shape or not np.isfinite(its).all():
         return None
-    if facts[one.name].get("one_time"):
+    if said.get("one_time"):
         times = np.load(work.feeds)["timestep"]
-        mine, its = mine[times == times[0]], its[times == times[0]]
-    return float(np.abs(its - mine).max() / max(np.abs(mine).max(), 1e-12))
-
-
-def _process(one: Contender, job: Mapping[str, Any], place: Path, when: str, tell: Tell) -> dict[str, Any]:
-    """What a contender's process says of a job; `runs`: its timed ones. It ends with this call, however that ends."""
-    found: dict[str, Any] = {"runs": []}
-    with tempfile.TemporaryFile(dir=place) as errors:
-        process = subprocess.Popen(
-            one.command,
-            cwd=place,
-            env=one.environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            encoding="utf-8",
-        )
-        try:
-            for line in _lines(process, json.dumps(job)):
-                said = json.loads(line)
-                if said.keys() & {"load", "first", "run"}:
-                    tell()
-                if "run" in said:
-                    found["runs"].append(said["run"])
-                else:
-                    found |= said
-            status = process.wait()
-        finally:
-            process.kill()
-            process.communicate()
-        if status:
-            errors.seek(0)
-            raise _crashed(one, status, when, errors.read().decode(errors="replace"))
-    return found
-
-
-def _lines(process: subprocess.Popen[str], job: str) -> Iterator[str]:
-    assert process.stdin is not None  # both are pipes
-    assert process.stdout is not None
-    try:
-        process.stdin.write(job + "\n")
-        process.stdin.flush()
-    except BrokenPipeError:  # it has ended: its status tells
-        return
-    yield from process.stdout
-
-
-def _crashed(one: Contender, status: int, when: str, errors: str) -> Exception:
-    from runtime.errors import RequestError
-
-    line = ([line.strip() for line in errors.splitlines() if line.strip()] or ["it said nothing"])[-1]
-    if status in _KILLED or _ALLOCATION.search(line):
-        return RequestError(
-            f"{one.name} ran out of memory {when}, or was killed for it ({line:.200}); close other programs, "
-            "leave it out of --against, or compare a smaller model"
-        )
-    return RequestError(f"{one.name} failed {when} (exit status {status}): {line:.300}")
-
-
-def _export(one: Contender, place: Path) -> None:
-    """Has a contender make the folder that it reads, whole or not at all."""
-    assert one.exports is not None
-    folder = Path(one.exports["export"])
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as aside:
-        whole = Path(aside) / folder.name
-        _process(one, dict(one.exports) | {"export": str(whole)}, place, "while exporting", lambda: None)
-        os.replace(whole, folder)
-
-
-class _Others(Others):
-    """Other programs are neither this one nor its processes, each of which has ended when they are counted."""
-
-    @staticmethod
-    def _seconds() -> float | None:
-        found, times = Others._seconds(), os.times()
-        return None if found is None else found - times.children_user - times.children_system
+        ours, its = ours[times == times[0]], its[times == times[0]]
+    return float(np.abs(its - ours).max() / max(np.abs(ours).max(), 1e-12))
 
 
 def add(commands: Any) -> None:
@@ -331,7 +246,8 @@ def _run(options: argparse.Namespace) -> None:
 
     check_outputs(options)
     rounds = ROUNDS[options.work] if options.rounds is None else options.rounds
-    if rounds < 2 or min(options.runs, options.threads or 1, options.rows or 1) < 1:
+    given = [one for one in (options.runs, options.threads, options.rows) if one is not None]
+    if rounds < 2 or min(given) < 1:
         raise RequestError("--rounds must be 2 or more, --runs, --threads and --rows 1 or more")
     bundle = Bundle.open(find(options.model))
     if bundle.foreign:
@@ -355,6 +271,8 @@ def _run(options: argparse.Namespace) -> None:
 
 def _work(options: argparse.Namespace, bundle: Any, place: Path) -> Work:
     from runtime.errors import RequestError
+    from runtime.plan import DIRECTIONS
+    from runtime.tables import find_table
 
     from .compare_work import backbone_work, picture_work
 
@@ -363,9 +281,11 @@ def _work(options: argparse.Namespace, bundle: Any, place: Path) -> Work:
     if options.work == "picture":
         if options.rows is not None:
             raise RequestError("--rows is for --work backbone; leave it out")
-        asked = {"table": options.table} if options.table else {"solver": "epd", "k": options.k or 2}
-        if options.steps is not None or not options.table:
-            asked["num_inference_steps"] = options.steps or 10
+        asked: dict[str, Any] = {"solver": "epd", "num_inference_steps": STEPS, "k": DIRECTIONS}
+        if options.table is not None:
+            asked = {"table": str(find_table(options.table).absolute())}
+        said = {"num_inference_steps": options.steps, "k": options.k}
+        asked |= {name: value for name, value in said.items() if value is not None}
         return picture_work(bundle, options.dtype, options.runs, threads, options.prompt, asked)
     if given:
         raise RequestError(f"--{given[0]} is for --work picture; leave it out")

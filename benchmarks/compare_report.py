@@ -81,7 +81,7 @@ def _line(side: Side, ours: Side) -> list[str]:
         f"{ratio.low:.2f} to {ratio.high:.2f}",
         "" if peak is None else megabytes(round(peak)),
         "" if memory is None else f"{memory:.2f}",
-        _difference(side, side is ours),
+        _difference(side),
     ]
 
 
@@ -89,10 +89,10 @@ def _seconds(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
-def _difference(side: Side, ours: bool) -> str:
+def _difference(side: Side) -> str:
     if side.error is not None:
         return f"{side.error:.1e}{_WEIGHTS[side.weights]}"
-    return "" if ours or side.weights == "none" else "another method" if side.does else "other weights"
+    return "" if side.weights == "none" else "another method" if side.does else "other weights"
 
 
 def _details(result: Comparison) -> list[str]:

@@ -24,7 +24,8 @@ from ..compare_work import Work
 
 SCRIPTS = Path(__file__).parent
 ROOT = SCRIPTS.parents[1]  # where this program's packages are
-Weights = Literal["same", "drawn alike", "unknown", "other", "none"]  # of a contender, beside ours
+# Of a contender, beside ours; none: nothing that could be compared.
+Weights = Literal["same", "drawn alike", "unknown", "other", "none"]
 
 _DRAWN = {"fp32": "fp32", "int8": "fp32", "w8a16": "fp32", "bf16": "bf16"}  # precision -> of random weights; else fp16
 _ALONE = ("PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH")  # of our interpreter, and no other's
@@ -71,7 +72,9 @@ class Peer:
 
 def ours(work: Work) -> list[Contender]:
     """This bundle; beside pictures also Euler's method of as many sequential calls, in the same runtime."""
-    first = Contender("ours", _OURS, work.job | {"folder": str(work.bundle.folder)}, forwards=work.forwards)
+    first = Contender(
+        "ours", _OURS, work.job | {"folder": str(work.bundle.folder.absolute())}, "none", forwards=work.forwards
+    )
     if work.kind == "backbone":
         return [first]
     calls = work.picture["sequential_calls"]

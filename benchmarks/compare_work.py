@@ -43,6 +43,7 @@ class Work:
             "family": facts.family,
             "component": self.bundle.backbone,
             "t5": "text_encoder_3" in facts.components,
+            "tokenizers": str(self.bundle.folder.absolute()),
             "dtype": self.dtype,
             "runs": self.runs,
             "threads": self.threads,

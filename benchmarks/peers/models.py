@@ -48,19 +48,21 @@ def backbone(job: dict[str, Any]) -> torch.nn.Module:
 
 
 def pipeline(job: dict[str, Any], dtype: torch.dtype) -> Any:
-    """All of it. A third text encoder of SD3 only where our bundle has it, and no safety checker."""
+    """All of it, with the bundle's tokenizers, which transformers of any age can read.
+
+    A third text encoder of SD3 only where the bundle has it; no safety checker.
+    """
     family, folder = job["family"], Path(job["folder"])
-    absent = {} if family == "sd3" and job["t5"] else dict.fromkeys(_NONE[family])
+    given = {} if family == "sd3" and job["t5"] else dict.fromkeys(_NONE[family])
+    names = [name for name in ("tokenizer", "tokenizer_2") if Path(job["tokenizers"], name).is_dir()]
+    given |= {name: CLIPTokenizer.from_pretrained(Path(job["tokenizers"], name)) for name in names}
     if not job["drawn"]:
-        pipe = PIPELINES[family].from_pretrained(folder, torch_dtype=dtype, local_files_only=True, **absent)
-    else:
-        at = DTYPES[job["drawn"]]
-        parts = {name: drawn(kind, _place(folder, name), at).to(dtype) for name, kind in _PARTS[family].items()}
-        tokenizers = {path.name: CLIPTokenizer.from_pretrained(path) for path in sorted(folder.glob("tokenizer*"))}
-        told = {} if family == "sd3" else {"requires_safety_checker": False}
-        euler = _EULER[family].from_pretrained(folder, subfolder="scheduler")
-        pipe = PIPELINES[family](**parts, **tokenizers, **absent, **told, scheduler=euler)
-    return pipe
+        return PIPELINES[family].from_pretrained(folder, torch_dtype=dtype, local_files_only=True, **given)
+    at = DTYPES[job["drawn"]]
+    parts = {name: drawn(kind, _place(folder, name), at).to(dtype) for name, kind in _PARTS[family].items()}
+    told = {} if family == "sd3" else {"requires_safety_checker": False}
+    euler = _EULER[family].from_pretrained(folder, subfolder="scheduler")
+    return PIPELINES[family](**parts, **given, **told, scheduler=euler)
 
 
 def _place(folder: Path, part: str) -> Path:

@@ -16,7 +16,7 @@ import argparse
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from runtime.profiles import Timing, timing, usable_cores
 
 from .common import add_outputs, check_outputs, comma_separated, write
-from .compare_process import Others, Tell, export, turn_of
+from .compare_process import Others, export, turn_of
 from .machine import Machine, machine
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from .peers import Contender, Weights
 
 PROMPT = "a red circle on a white background"
-STEPS = 10  # intervals of a picture, if nothing is said
+ROWS = 4  # of the backbone's call, if nothing is said
+STEPS = 10  # intervals of a picture
 ROUNDS = {"backbone": 5, "picture": 2}  # if nothing is said
 
 
@@ -114,8 +115,10 @@ class Comparison:
         return asdict(self) | {"summary": {side.name: side.summary(self.sides[0]) for side in self.sides}}
 
 
-def measure(work: Work, contenders: Sequence[Contender], rounds: int, place: Path, tell: Tell) -> Comparison:
-    """Takes the turns, ours first in each round; `place` is for files, `tell` hears of every run that is done.
+def measure(
+    work: Work, contenders: Sequence[Contender], rounds: int, place: Path, tell: Callable[[str], object]
+) -> Comparison:
+    """Takes the turns, ours first in each round; `place` is for files, `tell` hears of every turn before it begins.
 
     Raises
     ------
@@ -130,7 +133,8 @@ def measure(work: Work, contenders: Sequence[Contender], rounds: int, place: Pat
     for number in range(1, rounds + 1):
         for index, one in enumerate(contenders):
             job = dict(one.job) | {"output": str(_answer(place, index))}
-            facts[one.name] = said = turn_of(one, job, place, f"in round {number}", tell)
+            tell(f"round {number}, {one.name}")
+            facts[one.name] = said = turn_of(one, job, place, f"in round {number}")
             turns[one.name].append(_turn(number, said))
     errors = [_error(work, one, facts[one.name], place, index) for index, one in enumerate(contenders)]
     sides = [_side(one, facts[one.name], turns[one.name], error) for one, error in zip(contenders, errors, strict=True)]
@@ -220,14 +224,14 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--work", choices=ROUNDS, default="backbone", help="one call of it (default), or whole pictures"
     )
-    command.add_argument("--rows", type=int, metavar="R", help="of the call (default 4: K = 2, guided)")
+    command.add_argument("--rows", type=int, metavar="R", help=f"of the call (default {ROWS}: K = 2, guided)")
     command.add_argument("--rounds", type=int, metavar="N", help="2 or more (default 5; of pictures 2)")
     command.add_argument("--runs", type=int, default=1, metavar="N", help="timed, of each in each round (default 1)")
     command.add_argument("--threads", type=int, metavar="T", help="of every contender (default: one per core)")
     command.add_argument(
         "--dtype", choices=("fp32", "bf16"), default="fp32", help="of diffusers and openvino (default fp32)"
     )
-    command.add_argument("--steps", type=int, metavar="N", help="pictures: intervals of ours (default 10)")
+    command.add_argument("--steps", type=int, metavar="N", help=f"pictures: intervals of ours (default {STEPS})")
     command.add_argument("-k", type=int, metavar="K", help="pictures: directions of the start table (default 2)")
     command.add_argument("--table", metavar="FILE|NAME", help="pictures: draw ours with this table")
     command.add_argument("--prompt", default=PROMPT, metavar="TEXT", help=f"pictures: default {PROMPT}")
@@ -258,8 +262,13 @@ def _run(options: argparse.Namespace) -> None:
         place = Path(folder)
         work = _work(options, bundle, place)
         contenders = [*ours(work), *against(work, options.against.split(","), _pythons(options.python))]
-        with tqdm(total=rounds * len(contenders) * (2 + work.runs), unit="run", disable=None, leave=False) as bar:
-            result = measure(work, contenders, rounds, place, lambda: bar.update(1))
+        with tqdm(total=rounds * len(contenders), unit="turn", disable=None, leave=False) as bar:  # on a terminal
+
+            def tell(text: str) -> None:
+                bar.set_description(text, refresh=False)
+                bar.update(1)
+
+            result = measure(work, contenders, rounds, place, tell)
     if options.csv is not None:
         write(options.csv, comma_separated(compare_report.rows(result)))
     if options.markdown is not None:
@@ -276,7 +285,9 @@ def _work(options: argparse.Namespace, bundle: Any, place: Path) -> Work:
 
     from .compare_work import backbone_work, picture_work
 
-    threads = options.threads or min(machine().cores or os.cpu_count() or 1, usable_cores() or 1)
+    cores = min(machine().cores or os.cpu_count() or 1, usable_cores() or 1)
+    shared = {"dtype": options.dtype, "runs": options.runs, "threads": options.threads or cores}
+    shared |= {"threads_given": options.threads is not None}
     given = [name for name in ("steps", "k", "table") if getattr(options, name) is not None]
     if options.work == "picture":
         if options.rows is not None:
@@ -286,10 +297,10 @@ def _work(options: argparse.Namespace, bundle: Any, place: Path) -> Work:
             asked = {"table": str(find_table(options.table).absolute())}
         said = {"num_inference_steps": options.steps, "k": options.k}
         asked |= {name: value for name, value in said.items() if value is not None}
-        return picture_work(bundle, options.dtype, options.runs, threads, options.prompt, asked)
+        return picture_work(bundle, options.prompt, asked, **shared)
     if given:
         raise RequestError(f"--{given[0]} is for --work picture; leave it out")
-    return backbone_work(bundle, options.dtype, options.rows or 4, options.runs, threads, place)
+    return backbone_work(bundle, ROWS if options.rows is None else options.rows, place, **shared)
 
 
 def _pythons(texts: Sequence[str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +20,10 @@ if TYPE_CHECKING:
 
 _ALLOCATION = re.compile("allocat|MemoryError|bad_alloc|out of memory", re.IGNORECASE)
 _KILLED = (-9, 137)  # exit status where the system ends a process for want of memory
-Tell = Callable[[], object]
 log = logging.getLogger(__name__)
 
 
-def turn_of(
-    one: Contender, job: Mapping[str, Any], place: Path, when: str, tell: Tell = lambda: None
-) -> dict[str, Any]:
+def turn_of(one: Contender, job: Mapping[str, Any], place: Path, when: str) -> dict[str, Any]:
     """What a contender's process says of a job; `runs`: its timed ones. It ends with this call, however that ends.
 
     Parameters
@@ -35,8 +32,6 @@ def turn_of(
         A folder for files, and where it runs.
     when : str
         For the line that tells that it failed.
-    tell : callable
-        Called whenever it has loaded or done a run.
 
     Raises
     ------
@@ -58,8 +53,6 @@ def turn_of(
         try:
             for line in _lines(process, json.dumps(job)):
                 said = json.loads(line)
-                if said.keys() & {"load", "first", "run"}:
-                    tell()
                 if "run" in said:
                     found["runs"].append(said["run"])
                 else:

@@ -26,6 +26,11 @@ _READ = (
     "resident set. Difference: the largest from our answer, over our largest magnitude."
 )
 
+_PICTURES = (
+    "no contender skips or caches steps: the rows that each backbone saw were counted",
+    "ours loads its text encoders for every picture and releases them; peers keep all of theirs",
+)
+
 
 def verdict(result: Comparison) -> list[str]:
     """What the numbers say of every other contender, in sentences."""
@@ -47,6 +52,7 @@ def _sentence(side: Side, ours: Side) -> str:
 def markdown(result: Comparison) -> str:
     """The verdict, the table, then the details."""
     ours = result.sides[0]
+    first = "a first run" if result.work == "backbone" else "a first picture, of one step"
     each = "1 timed run" if result.runs == 1 else f"{result.runs} timed runs"
     random = ["RANDOM WEIGHTS: answers mean nothing, only speed and memory do.", ""] if result.random_weights else []
     lines = [
@@ -60,7 +66,7 @@ def markdown(result: Comparison) -> str:
         *table(_HEAD, [_line(side, ours) for side in result.sides]),
         "",
         f"{result.rounds} rounds in turns, each contender a process of its own with {result.threads} threads: load "
-        f"(libraries and weights), a first run, {each}. {_READ}",
+        f"(libraries and weights), {first}, {each}. {_READ}",
         "",
         *(f"- {line}" for line in _details(result)),
     ]
@@ -99,14 +105,14 @@ def _details(result: Comparison) -> list[str]:
     found = []
     for side in result.sides:
         parts = [*filter(None, [side.does]), *(f"{name} {version}" for name, version in side.versions.items())]
-        parts += [f"{side.threads} threads", *side.notes]
+        parts += [f"threads {side.threads}", *side.notes]
         found.append(f"{side.name}: {'; '.join(parts)}")
-    kinds = sorted({side.precision for side in result.sides})
+    kinds = sorted({side.precision for side in result.sides if side.turns[0].load is not None})  # not computed
     if len(kinds) > 1:
         found.append(f"NOT ALL OF ONE PRECISION: {', '.join(kinds)}")
     return [
         *found,
-        "no contender skips or caches steps" + (", rows of the backbone counted" if result.work == "picture" else ""),
+        *(_PICTURES if result.work == "picture" else ()),
         f"bundle.json SHA-256 {result.bundle}",
         *result.machine.lines(),
         company(result.others),

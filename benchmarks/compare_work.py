@@ -27,9 +27,10 @@ class Work:
     bundle: Bundle
     dtype: str  # of peers that can choose: fp32 | bf16
     rows: int  # of the backbone's call; in a picture of one point: 2 if guided
-    runs: int
+    runs: int  # timed, in each round
     threads: int
     macs: int  # multiply-accumulates of it all
+    threads_given: bool = True  # by the user: if not, ONNX Runtime chooses as it does, one per core
     feeds: Path | None = None  # .npz of the backbone's inputs
     picture: Mapping[str, Any] = field(default_factory=dict)  # see `picture_work`
     forwards: int | None = None  # rows that the backbone sees in a picture
@@ -47,6 +48,7 @@ class Work:
             "dtype": self.dtype,
             "runs": self.runs,
             "threads": self.threads,
+            "threads_given": self.threads_given,
             "feeds": None if self.feeds is None else str(self.feeds),
             "picture": dict(self.picture),
             "memory": memory.__file__,
@@ -64,8 +66,10 @@ class Work:
         return f"a picture of {size}: {solver}: {counts}, {self.forwards} guided forwards"
 
 
-def backbone_work(bundle: Bundle, dtype: str, rows: int, runs: int, threads: int, place: Path) -> Work:
+def backbone_work(bundle: Bundle, rows: int, place: Path, **shared: Any) -> Work:
     """One call of the backbone with so many rows, ordered (guidance half, point); odd numbers of rows are not guided.
+
+    `shared`: dtype, runs, threads and threads_given of `Work`.
 
     Raises
     ------
@@ -86,10 +90,10 @@ def backbone_work(bundle: Bundle, dtype: str, rows: int, runs: int, threads: int
     file = place / "feeds.npz"
     with file.open("wb") as opened:
         np.savez(opened, **feeds)
-    return Work("backbone", bundle, dtype, rows, runs, threads, rows * _macs(bundle, [bundle.backbone]), file)
+    return Work("backbone", bundle, rows=rows, macs=rows * _macs(bundle, [bundle.backbone]), feeds=file, **shared)
 
 
-def picture_work(bundle: Bundle, dtype: str, runs: int, threads: int, prompt: str, asked: Mapping[str, Any]) -> Work:
+def picture_work(bundle: Bundle, prompt: str, asked: Mapping[str, Any], **shared: Any) -> Work:
     """A picture that ours draws as `asked` (solver and steps, as of `make_plan`), and what costs others as much.
 
     Raises
@@ -121,7 +125,7 @@ def picture_work(bundle: Bundle, dtype: str, runs: int, threads: int, prompt: st
     forwards = halves * last.evaluations
     macs = halves * _macs(bundle, encoders) + forwards * _macs(bundle, [bundle.backbone])
     macs += _macs(bundle, ["vae_decoder"])
-    return Work("picture", bundle, dtype, halves, runs, threads, macs, None, picture, forwards)
+    return Work("picture", bundle, rows=halves, macs=macs, picture=picture, forwards=forwards, **shared)
 
 
 def _macs(bundle: Bundle, components: Iterable[str]) -> int:

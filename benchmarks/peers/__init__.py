@@ -18,6 +18,7 @@ from typing import Any, Literal
 from epd.catalogue import cache_folder
 from runtime.bundle import Bundle
 from runtime.errors import RequestError
+from runtime.pipeline import find
 from runtime.providers import WHEELS
 
 from ..compare_work import Work
@@ -64,7 +65,7 @@ class Contender:
 class Peer:
     """One kind of contender beside ours."""
 
-    make: Callable[[Work, Path | None], Contender]
+    make: Callable[[Work, str], Contender]  # the folder; empty: none was given
     needs: tuple[str, ...] = ()  # packages; (): this program's own environment does
     install: str = ""  # for pip
     pictures: bool = True  # whether it can draw whole ones
@@ -100,7 +101,7 @@ def against(work: Work, asked: Sequence[str], pythons: Mapping[str, str]) -> lis
         peer = PEERS[name]
         if work.kind == "picture" and not peer.pictures:
             raise RequestError(f"{name} draws no whole pictures here; leave it out, or give --work backbone")
-        one = peer.make(work, Path(folder).absolute() if folder else None)
+        one = peer.make(work, folder)
         if any(other.name == one.name for other in found):
             raise RequestError(f"--against names {one.name} twice; leave one out")
         found.append(_at_home(name, one, pythons.get(name)))
@@ -151,35 +152,34 @@ def _missing(one: Contender, needs: Sequence[str]) -> list[str]:
     return [name for name in needs if not have & set(WHEELS if name == "onnxruntime" else (name,))]
 
 
-def _floor(work: Work, folder: Path | None) -> Contender:
-    if folder is not None:
+def _floor(work: Work, folder: str) -> Contender:
+    if folder:
         raise RequestError("floor is computed from MODEL; give it no folder")
     if work.macs == 0:
         raise RequestError(f"{work.bundle.facts.name} has no multiply-accumulates in bundle.json; export it again")
     return Contender("floor", "floor.py", work.job | {"macs": work.macs}, "none", does="computed, not run")
 
 
-def _diffusers(work: Work, folder: Path | None) -> Contender:
+def _diffusers(work: Work, folder: str) -> Contender:
     told, weights = _checkpoint(work, folder)
     does, forwards = _euler(work)
     return Contender("diffusers", "with_diffusers.py", work.job | told, weights, does=does, forwards=forwards)
 
 
-def _checkpoint(work: Work, folder: Path | None) -> tuple[dict[str, Any], Weights]:
+def _checkpoint(work: Work, folder: str) -> tuple[dict[str, Any], Weights]:
     """Where diffusers finds the weights: the folder given, that which the bundle was exported from, or none: drawn."""
     source = work.bundle.facts.source
-    if folder is not None:
-        if not (folder / work.bundle.backbone / "config.json").is_file():
+    if folder:
+        if not Path(folder, work.bundle.backbone, "config.json").is_file():
             raise RequestError(f"{folder}: no {work.bundle.backbone}/config.json in it; give a diffusers folder")
-        return {"folder": str(folder), "drawn": None}, "unknown"
+        return {"folder": str(Path(folder).absolute()), "drawn": None}, "unknown"
     if source.random_weights:
         at = _DRAWN.get(work.bundle.facts.components[work.bundle.backbone].precision, "fp16")
         return {"folder": str(work.bundle.folder.absolute()), "drawn": at}, "drawn alike"
-    from export import ExportError
-    from export.checkpoint import Hub, find
+    from export import ExportError, checkpoint
 
     try:
-        found = find(source.id, Hub(source.revision, offline=True), None)
+        found = checkpoint.find(source.id, checkpoint.Hub(source.revision, offline=True), None)
         found.fetch(tuple(work.bundle.facts.components) if work.kind == "picture" else (work.bundle.backbone,))
     except ExportError as error:
         raise RequestError(f"{error}; or give its folder as diffusers=FOLDER") from None
@@ -193,14 +193,14 @@ def _euler(work: Work) -> tuple[str, int | None]:
     return f"Euler's method, {work.picture['steps']} steps: as many guided forwards", work.forwards
 
 
-def _optimum(work: Work, folder: Path | None) -> Contender:
-    told, weights, exports = {}, "unknown", None
-    if folder is None:
-        told, weights = _checkpoint(work, None)
-        folder = cache_folder().parent / "optimum" / _digest(work, told)
-        if not folder.is_dir():
-            exports = work.job | told | {"export": str(folder)}
-    told = {"folder": str(folder), "graph": str(folder / work.bundle.backbone / "model.onnx")}
+def _optimum(work: Work, folder: str) -> Contender:
+    made, weights, exports = Path(folder).absolute(), "unknown", None
+    if not folder:
+        told, weights = _checkpoint(work, "")
+        made = cache_folder().parent / "optimum" / _digest(work, told)
+        if not made.is_dir():
+            exports = work.job | told | {"export": str(made)}
+    told = {"folder": str(made), "graph": str(made / work.bundle.backbone / "model.onnx")}
     if exports is None and not Path(told["graph"]).is_file():
         raise RequestError(f"{told['graph']}: missing; give a folder that Optimum exported, or optimum without one")
     does, forwards = _euler(work)
@@ -218,22 +218,22 @@ def _digest(work: Work, told: Mapping[str, Any]) -> str:
     return f"{work.bundle.facts.name}-{sha256(content.encode()).hexdigest()[:16]}"
 
 
-def _openvino(work: Work, folder: Path | None) -> Contender:
+def _openvino(work: Work, folder: str) -> Contender:
     """Reads our own graph, or that of a folder: a bundle for it, or Optimum's."""
-    bundle = work.bundle if folder is None else Bundle.open(folder)
+    bundle = Bundle.open(folder) if folder else work.bundle
     bundle.require(work.bundle.backbone)
     rows = bundle.facts.components[work.bundle.backbone].rows
     if rows and work.rows not in rows:
         raise RequestError(f"{bundle.folder}: has graphs of {', '.join(map(str, rows))} rows, not {work.rows}")
     graph = bundle.graph(work.bundle.backbone, work.rows if rows else None).absolute()
-    weights: Weights = "same" if folder is None else _beside(work.bundle, bundle)
+    weights: Weights = _beside(work.bundle, bundle) if folder else "same"
     return Contender("openvino", "with_openvino.py", work.job | {"graph": str(graph)}, weights)
 
 
-def _bundle(work: Work, folder: Path | None) -> Contender:
-    if folder is None:
+def _bundle(work: Work, folder: str) -> Contender:
+    if not folder:
         raise RequestError("bundle needs the folder of another bundle: bundle=FOLDER")
-    other, name = Bundle.open(folder), work.bundle.backbone
+    other, name = Bundle.open(find(folder)), work.bundle.backbone
     if other.foreign or other.facts.family != work.bundle.facts.family:
         raise RequestError(
             f"{folder}: not a bundle of the family {work.bundle.facts.family} made by `python -m export`"
@@ -241,8 +241,8 @@ def _bundle(work: Work, folder: Path | None) -> Contender:
     if other.facts.components[name].inputs != work.bundle.facts.components[name].inputs:
         raise RequestError(f"{folder}: its {name} takes other shapes than MODEL's; export it for the same size")
     weights = _beside(work.bundle, other)
-    job = work.job | {"folder": str(folder)}
-    return Contender(f"bundle {folder.name}", _OURS, job, weights, forwards=work.forwards)
+    job = work.job | {"folder": str(other.folder.absolute())}
+    return Contender(f"bundle {other.folder.name}", _OURS, job, weights, forwards=work.forwards)
 
 
 def _beside(bundle: Bundle, other: Bundle) -> Weights:

@@ -16,9 +16,11 @@ def load(job: dict[str, Any]) -> Ready:
     from runtime.ort import base_wheels, onnxruntime
     from runtime.pipeline import Pipeline
 
-    options = onnxruntime().SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = job["threads"]
+    options = None  # as this program has them by itself
+    if job["threads_given"]:
+        options = onnxruntime().SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = job["threads"]
     pipe = Pipeline.from_pretrained(job["folder"], session_options=options)
     facts = pipe.bundle.facts
     told: dict[str, Any] = {

@@ -19,7 +19,8 @@ def load(job: dict[str, Any]) -> Ready:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = job["threads"]
+    if job["threads_given"]:  # if not, as for ours
+        options.intra_op_num_threads = job["threads"]
     told: dict[str, Any] = {
         "precision": "fp32",
         "threads": job["threads"],

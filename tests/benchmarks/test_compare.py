@@ -4,9 +4,11 @@ import csv
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from runtime.bundle import Bundle
 from runtime.errors import RequestError
 from runtime.pipeline import find
 
+SHARED = {"dtype": "fp32", "runs": 1, "threads": 2}
 pytestmark = pytest.mark.usefixtures("cache")
 
 
@@ -92,7 +95,7 @@ def test_report():
     assert cells["level"][-3:] == ["", "", "other weights"]
     assert cells["method"][-1] == "another method"
     assert "NOT ALL OF ONE PRECISION: bf16, fp32" in told
-    assert "- level: thing 1.0; 2 threads; odd" in told
+    assert "- level: thing 1.0; threads 2; odd" in told
     assert "other programs took 1% of the processors meanwhile" in told
     within = side("within", [1.1, 1.8, 4.0], 1)
     assert compare_report.verdict(comparison(OURS, within)) == [
@@ -116,13 +119,13 @@ def test_only_our_own_processes_are_no_others(monkeypatch):
 
 def test_the_call_of_all(shapes, tmp_path):
     """The K = 2 guided call: two points, in both halves the same two times."""
-    work = backbone_work(shapes, "fp32", 4, 1, 2, tmp_path)
+    work = backbone_work(shapes, 4, tmp_path, **SHARED)
     feeds = dict(np.load(work.feeds))
     assert feeds["timestep"].tolist() == [901.25, 31.5] * 2
     assert feeds["hidden_states"].shape == (4, 8, 16, 16)
     assert feeds["encoder_hidden_states"].shape == (4, 32, 192)
     assert work.macs == 4 * 125_227_008  # of bundle.json
-    assert np.load(backbone_work(shapes, "fp32", 3, 1, 2, tmp_path).feeds)["timestep"].tolist() == [
+    assert np.load(backbone_work(shapes, 3, tmp_path, **SHARED).feeds)["timestep"].tolist() == [
         901.25,
         466.375,
         31.5,
@@ -134,15 +137,15 @@ def test_a_call_that_the_bundle_has_no_graph_of(shapes, bundles, tmp_path):
     parts = dict(shapes.facts.components) | {"transformer": part}
     static = dataclasses.replace(shapes, facts=dataclasses.replace(shapes.facts, components=parts))
     with pytest.raises(RequestError, match="no graph of 6 rows; give --rows 2 or 4"):
-        backbone_work(static, "fp32", 6, 1, 2, tmp_path)
+        backbone_work(static, 6, tmp_path, **SHARED)
     with pytest.raises(RequestError, match="no fixed size"):
-        backbone_work(Bundle.open(bundles["sd3"]), "fp32", 4, 1, 2, tmp_path)
+        backbone_work(Bundle.open(bundles["sd3"]), 4, tmp_path, **SHARED)
 
 
 def test_the_picture_of_all(shapes):
     """K = 2, N = 3: 2 N calls, N (1 + K) evaluations, twice as many rows; both encoders twice, one picture decoded."""
     asked = {"solver": "epd", "k": 2, "num_inference_steps": 3}
-    work = picture_work(shapes, "fp32", 1, 2, "red", asked)
+    work = picture_work(shapes, "red", asked, **SHARED)
     assert (work.picture["sequential_calls"], work.picture["steps"], work.forwards) == (6, 9, 18)
     assert work.macs == 2 * (2_510_848 + 5_538_816) + 18 * 125_227_008 + 252_510_208
     assert "64x64, guidance 3: 3 steps of epd, K = 2: 6 sequential calls, 9 total evaluations, 18 guided" in work.told
@@ -184,7 +187,14 @@ def test_ours_and_another_bundle(shapes, tmp_path, capsys):
 
 def job(tmp_path, **more):
     feeds, output = tmp_path / "feeds.npz", tmp_path / "answer.npy"
-    told = {"work": "backbone", "runs": 2, "threads": 1, "dtype": "fp32", "memory": memory.__file__}
+    told = {
+        "work": "backbone",
+        "runs": 2,
+        "threads": 1,
+        "threads_given": True,
+        "dtype": "fp32",
+        "memory": memory.__file__,
+    }
     return told | {"feeds": str(feeds), "output": str(output)} | more
 
 
@@ -280,14 +290,18 @@ def gone(process):
 def test_ctrl_c_ends_the_contender(tmp_path, monkeypatch):
     waiting(tmp_path)
     monkeypatch.setattr(peers, "SCRIPTS", tmp_path)
+    file = tmp_path / "process"
 
-    def stop():
-        raise KeyboardInterrupt
+    def press():
+        while not file.exists() or not file.read_text(encoding="utf-8"):
+            time.sleep(0.02)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     asked = job(tmp_path)
+    threading.Thread(target=press, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
-        turn_of(peers.Contender("peer", "peer.py", asked), asked, tmp_path, "now", stop)
-    assert gone(int((tmp_path / "process").read_text(encoding="utf-8")))
+        turn_of(peers.Contender("peer", "peer.py", asked), asked, tmp_path, "now")
+    assert gone(int(file.read_text(encoding="utf-8")))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="os.kill ends a process there")
@@ -342,17 +356,17 @@ def test_a_missing_environment(name, lacks, installs, bare, capsys):
 
 
 def test_optimum_needs_more_to_export_than_to_run(shapes, bundles, bare, tmp_path):
-    work = dataclasses.replace(backbone_work(shapes, "fp32", 4, 1, 2, tmp_path), bundle=Bundle.open(bundles["sd3"]))
+    work = dataclasses.replace(backbone_work(shapes, 4, tmp_path, **SHARED), bundle=Bundle.open(bundles["sd3"]))
     folder = bundles["sd3"]
     (one,) = peers.against(work, [f"optimum={folder}"], {})  # ONNX Runtime is here
     assert (one.weights, one.exports) == ("unknown", None)
     assert one.job["graph"] == str(folder / "transformer" / "model.onnx")
     with pytest.raises(RequestError, match="has no onnxruntime and no optimum-onnx and no torch"):
-        peers.against(backbone_work(shapes, "fp32", 4, 1, 2, tmp_path), ["optimum"], {"optimum": bare})
+        peers.against(backbone_work(shapes, 4, tmp_path, **SHARED), ["optimum"], {"optimum": bare})
 
 
 def test_optimums_graphs_are_made_once(shapes, tmp_path, cache, monkeypatch):
-    work = backbone_work(shapes, "fp32", 4, 1, 2, tmp_path)
+    work = backbone_work(shapes, 4, tmp_path, **SHARED)
     monkeypatch.setattr(peers, "_missing", lambda one, needs: [])
     (one,) = peers.against(work, ["optimum"], {})
     folder = Path(one.exports["export"])
@@ -415,6 +429,7 @@ def test_the_floor(monkeypatch):
     assert floor.best([lambda: None, lambda: None]) == 2
 
 
+@pytest.mark.slow  # for all that it imports
 def test_random_weights_are_those_of_the_exporter(monkeypatch, shapes):
     pytest.importorskip("diffusers")
     import torch

@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from runtime.errors import RequestError
 from runtime.profiles import Timing, timing, usable_cores
 
 from .common import add_outputs, check_outputs, comma_separated, write
@@ -242,7 +243,6 @@ def _run(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from runtime.bundle import Bundle
-    from runtime.errors import RequestError
     from runtime.pipeline import find
 
     from . import compare_report
@@ -261,7 +261,8 @@ def _run(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="compare-") as folder:
         place = Path(folder)
         work = _work(options, bundle, place)
-        contenders = [*ours(work), *against(work, options.against.split(","), _pythons(options.python))]
+        asked = [text.strip() for text in options.against.split(",")]
+        contenders = [*ours(work), *against(work, asked, _pythons(options.python))]
         with tqdm(total=rounds * len(contenders), unit="turn", disable=None, leave=False) as bar:  # on a terminal
 
             def tell(text: str) -> None:
@@ -279,7 +280,6 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _work(options: argparse.Namespace, bundle: Any, place: Path) -> Work:
-    from runtime.errors import RequestError
     from runtime.plan import DIRECTIONS
     from runtime.tables import find_table
 
@@ -304,8 +304,6 @@ def _work(options: argparse.Namespace, bundle: Any, place: Path) -> Work:
 
 
 def _pythons(texts: Sequence[str]) -> dict[str, str]:
-    from runtime.errors import RequestError
-
     pairs = [text.partition("=") for text in texts]
     wrong = [text for text, (name, _, python) in zip(texts, pairs, strict=True) if not name or not python]
     if wrong:

@@ -97,7 +97,7 @@ def _seconds(value: float | None) -> str:
 
 def _difference(side: Side) -> str:
     if side.error is not None:
-        return f"{side.error:.1e}{_WEIGHTS[side.weights]}"
+        return (f"{side.error:.1e}" if side.error else "0") + _WEIGHTS[side.weights]
     return "" if side.weights == "none" else "another method" if side.does else "other weights"
 
 

@@ -161,12 +161,12 @@ def _floor(work: Work, folder: str) -> Contender:
 
 
 def _diffusers(work: Work, folder: str) -> Contender:
-    told, weights = _checkpoint(work, folder)
+    told, weights = _checkpoint(work, folder, "diffusers=FOLDER, a checkpoint")
     does, forwards = _euler(work)
     return Contender("diffusers", "with_diffusers.py", work.job | told, weights, does=does, forwards=forwards)
 
 
-def _checkpoint(work: Work, folder: str) -> tuple[dict[str, Any], Weights]:
+def _checkpoint(work: Work, folder: str, remedy: str) -> tuple[dict[str, Any], Weights]:
     """Where diffusers finds the weights: the folder given, that which the bundle was exported from, or none: drawn."""
     source = work.bundle.facts.source
     if folder:
@@ -182,7 +182,7 @@ def _checkpoint(work: Work, folder: str) -> tuple[dict[str, Any], Weights]:
         found = checkpoint.find(source.id, checkpoint.Hub(source.revision, offline=True), None)
         found.fetch(tuple(work.bundle.facts.components) if work.kind == "picture" else (work.bundle.backbone,))
     except ExportError as error:
-        raise RequestError(f"{error}; or give its folder as diffusers=FOLDER") from None
+        raise RequestError(f"{error}; or give {remedy}") from None
     return {"folder": str(found.folder.absolute()), "drawn": None}, "same"
 
 
@@ -196,7 +196,7 @@ def _euler(work: Work) -> tuple[str, int | None]:
 def _optimum(work: Work, folder: str) -> Contender:
     made, weights, exports = Path(folder).absolute(), "unknown", None
     if not folder:
-        told, weights = _checkpoint(work, "")
+        told, weights = _checkpoint(work, "", "optimum=FOLDER, as Optimum exported it")
         made = cache_folder().parent / "optimum" / _digest(work, told)
         if not made.is_dir():
             exports = work.job | told | {"export": str(made)}

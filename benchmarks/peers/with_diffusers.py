@@ -19,6 +19,8 @@ def load(job: dict[str, Any]) -> Ready:
         "threads": torch.get_num_threads(),
         "versions": versions(["diffusers", "torch", "transformers"]),
     }
+    if job["drawn"]:
+        told["notes"] = ["its load draws weights, and reads none"]
     if job["work"] == "picture":
         drawing = models.Drawing(models.pipeline(job, dtype), job)
         return drawn(drawing, job, told)

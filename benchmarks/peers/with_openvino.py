@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from turn import Parent, Ready, serve, versions
@@ -14,7 +15,11 @@ def load(job: dict[str, Any]) -> Ready:
     import openvino
 
     feeds = dict(np.load(job["feeds"]))
-    model = openvino.Core().read_model(job["graph"])
+    try:
+        model = openvino.Core().read_model(job["graph"])
+    except RuntimeError as error:
+        why = " ".join(str(error).split())
+        sys.exit(f"cannot read {job['graph']} ({why:.160}); give openvino=FOLDER, made for it or by Optimum")
     told: dict[str, Any] = {"precision": job["dtype"], "versions": versions(["openvino"])}
     for tensor in model.inputs:
         if tensor.any_name == "timestep" and tensor.partial_shape.rank.get_length() == 0:

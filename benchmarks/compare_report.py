@@ -39,12 +39,12 @@ def verdict(result: Comparison) -> list[str]:
 
 
 def _sentence(side: Side, ours: Side) -> str:
-    ratio, memory = side.ratio(ours), side.memory(ours)
+    ratio, memory, name = side.ratio(ours), side.memory(ours), f"{side.name} ({side.precision})"
     within = ratio.low <= 1 <= ratio.high
     spread = f"quartiles {ratio.low:.2f} to {ratio.high:.2f}"
     said = (
-        f"{side.name} takes as long as ours, within the spread ({ratio.seconds:.2f} times, {spread})" if within
-        else f"{side.name} takes {ratio.seconds:.2f} times as long as ours ({spread})"
+        f"{name} takes as long as ours, within the spread ({ratio.seconds:.2f} times, {spread})" if within
+        else f"{name} takes {ratio.seconds:.2f} times as long as ours ({spread})"
     )  # fmt: skip
     return said + ("." if memory is None else f" and {memory:.2f} times the memory.")
 

@@ -84,8 +84,8 @@ def test_report():
     level = side("level", [1.1, 1.9, 4.4], None, weights="other", notes=("odd",), precision="bf16")
     method = side("method", [1.0, 1.0, 1.0], 1, weights="other", does="Euler's method")
     told = compare_report.markdown(comparison(OURS, SLOW, level, method))
-    assert "- slow takes 2.00 times as long as ours (quartiles 1.50 to 2.50) and 2.50 times the memory." in told
-    assert "- level takes 1.10 times as long as ours (quartiles 1.02 to 1.10)." in told
+    assert "- slow (fp32) takes 2.00 times as long as ours (quartiles 1.50 to 2.50) and 2.50 times the memory." in told
+    assert "- level (bf16) takes 1.10 times as long as ours (quartiles 1.02 to 1.10)." in told
     lines = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in told.splitlines() if line.startswith("| ")}
     cells = {name: [cell.strip() for cell in line] for name, line in lines.items()}
     assert cells["slow"] == [
@@ -99,8 +99,8 @@ def test_report():
     assert "other programs took 1% of the processors meanwhile" in told
     within = side("within", [1.1, 1.8, 4.0], 1)
     assert compare_report.verdict(comparison(OURS, within)) == [
-        "within takes as long as ours, within the spread (1.00 times, quartiles 0.95 to 1.05) and 0.00 times the "
-        "memory."
+        "within (fp32) takes as long as ours, within the spread (1.00 times, quartiles 0.95 to 1.05) and 0.00 times "
+        "the memory."
     ]
     drawn = side("drawn", [1.0, 2.0, 4.0], 1, 2e-6, weights="drawn alike")
     random = dataclasses.replace(comparison(OURS, drawn), random_weights=True)

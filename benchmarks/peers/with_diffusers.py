@@ -20,7 +20,9 @@ def load(job: dict[str, Any]) -> Ready:
         "versions": versions(["diffusers", "torch", "transformers"]),
     }
     if job["drawn"]:
-        told["notes"] = ["its load draws weights, and reads none"]
+        told["notes"] = [
+            f"its load, and maybe its peak memory, is that of drawing weights in {job['drawn']}, not of reading"
+        ]
     if job["work"] == "picture":
         drawing = models.Drawing(models.pipeline(job, dtype), job)
         return drawn(drawing, job, told)

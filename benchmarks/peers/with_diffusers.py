@@ -25,7 +25,7 @@ def load(job: dict[str, Any]) -> Ready:
         ]
     if job["work"] == "picture":
         drawing = models.Drawing(models.pipeline(job, dtype), job)
-        return drawn(drawing, job, told)
+        return pictures(drawing, job, told)
     model = models.backbone(job)
     tensors = {
         name: torch.from_numpy(value) if name == "timestep" else torch.from_numpy(value).to(dtype)
@@ -39,7 +39,7 @@ def load(job: dict[str, Any]) -> Ready:
     return Ready(run, told=told)
 
 
-def drawn(drawing: Any, job: dict[str, Any], told: dict[str, Any]) -> Ready:
+def pictures(drawing: Any, job: dict[str, Any], told: dict[str, Any]) -> Ready:
     """Pictures of so many steps, after one of a single step."""
 
     def run() -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from turn import Parent, Ready, serve, versions
-from with_diffusers import drawn
+from with_diffusers import pictures
 
 _NUMPY = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
 
@@ -32,7 +32,7 @@ def load(job: dict[str, Any]) -> Ready:
 
         kind = {"sd3": ORTStableDiffusion3Pipeline, "sd15": ORTStableDiffusionPipeline}[job["family"]]
         pipe = kind.from_pretrained(job["folder"], session_options=options, provider="CPUExecutionProvider")
-        return drawn(models.Drawing(pipe, job), job, told)
+        return pictures(models.Drawing(pipe, job), job, told)
     session = onnxruntime.InferenceSession(job["graph"], options, providers=["CPUExecutionProvider"])
     feeds = dict(np.load(job["feeds"]))
     for tensor in session.get_inputs():

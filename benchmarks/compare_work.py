@@ -30,7 +30,9 @@ class Work:
     runs: int  # timed, in each round
     threads: int
     macs: int  # multiply-accumulates of it all
-    threads_given: bool = True  # by the user: if not, ONNX Runtime chooses as it does, one per core
+    # By the user. Otherwise ONNX Runtime chooses: as many, one per core, but bound to their cores, as it does only then
+    # (shapes-sd3 on two cores: 11 ms a call so, 16 ms with the same number given).
+    threads_given: bool = True
     feeds: Path | None = None  # .npz of the backbone's inputs
     picture: Mapping[str, Any] = field(default_factory=dict)  # see `picture_work`
     forwards: int | None = None  # rows that the backbone sees in a picture

@@ -1,0 +1,57 @@
+"""This program itself: the backbone as `runtime.session` calls it, or pictures as `Pipeline.draw` draws them.
+
+The one contender that needs this program's packages.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from turn import Parent, Ready, serve, versions
+
+
+def load(job: dict[str, Any]) -> Ready:
+    import numpy as np
+
+    from runtime.ort import base_wheels, onnxruntime
+    from runtime.pipeline import Pipeline
+
+    options = None  # as this program has them by itself
+    if job["threads_given"]:
+        options = onnxruntime().SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = job["threads"]
+    pipe = Pipeline.from_pretrained(job["folder"], session_options=options)
+    facts = pipe.bundle.facts
+    told: dict[str, Any] = {
+        "precision": facts.components[pipe.bundle.backbone].precision,
+        "threads": job["threads"],
+        "versions": versions(["epd-toolkit", *base_wheels()]),
+    }
+    if job["work"] == "picture":
+        return _pictures(pipe, job["picture"], told)
+    from runtime.session import Session
+
+    session = Session(pipe.bundle, pipe.bundle.backbone, session_options=options)
+    session.load()
+    feeds = session.fit(dict(np.load(job["feeds"])))
+    return Ready(lambda: next(iter(session(**feeds).values())), told=told)
+
+
+def _pictures(pipe: Any, asked: dict[str, Any], told: dict[str, Any]) -> Ready:
+    """First a picture of one interval: every session is loaded and called, with as many rows as later on."""
+    same = {name: asked[name] for name in ("negative_prompt", "guidance_scale", "seed", "height", "width")}
+    plan = pipe.plan(asked["prompt"], **same, **asked["ours"])
+    directions = {"k": plan.directions} if plan.table is not None else {}
+    short = pipe.plan(asked["prompt"], **same, solver=plan.solver, num_inference_steps=1, **directions)
+
+    def draw() -> Any:
+        result = pipe.draw(plan, output_type="np")
+        told["guided_forwards"] = result.report.guided_forwards
+        return result.images
+
+    return Ready(draw, lambda: pipe.draw(short, output_type="np"), told)
+
+
+if __name__ == "__main__":
+    serve(load, Parent())

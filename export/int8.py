@@ -1,9 +1,11 @@
-"""int8 for the CPU: linear layers whose activations are rounded row by row, convolutions with calibrated ranges.
+"""int8 for the CPU: convolutions and linear layers with calibrated ranges, or rounded row by row.
 
-Linear layers become MatMulNBits of 8 bits (see `weights`), which needs no calibration. Convolutions become QDQ: u8
-activations with one scale of a tensor, from the least and largest values that calibration saw, s8 weights with a scale
-for each output channel. Nothing is scaled by what a batch happens to hold, so that a row gives the same numbers alone
-and among others. All else, such as attention and norms, stays in float. Knows nothing of Stable Diffusion.
+Convolutions and products with weights become QDQ: u8 activations with one scale of a tensor, from the least and largest
+values that calibration saw, s8 weights with a scale for each output channel. Where such an activation would be rounded
+too coarsely, a convolution stays in float, and a linear layer becomes MatMulNBits of 8 bits (see `weights`), which
+rounds each block of a row by itself: slower, and closer. Nothing is scaled by what a batch happens to hold, so that a
+row gives the same numbers alone and among others. All else, such as attention and norms, stays in float. Knows nothing
+of Stable Diffusion.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from .graph import save
 from .qdq import Range, calibrate, kept, skeleton
 from .weights import pack
 
-BITS, BLOCK = 8, 128  # of linear layers
-LEAST_DB = 25.0  # signal to rounding noise of a convolution's activations, below which it stays in float
+BITS, BLOCK = 8, 128  # of MatMulNBits
+LEAST_DB = 25.0  # signal to noise that rounding a calibrated activation must leave
 
 
 def quantise(graph: Path, feeds: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
@@ -37,25 +39,24 @@ def quantise(graph: Path, feeds: Sequence[Mapping[str, np.ndarray]]) -> dict[str
     Returns
     -------
     dict
-        Of the convolutions, signal to noise in dB of their worse activation; those below `LEAST_DB`, and the graph's
-        edges, which are not in here, stay in float.
+        Of convolutions and linear layers, signal to noise in dB of the worse of their rounded activations. The graph's
+        edges and the network of the time, which are not in here, stay in float.
     """
     spared = kept(skeleton(graph))
     model = ir.load(graph)
     layers = {
-        node: (weight, node.inputs[0].name, node.outputs[0].name)
+        node: (weight, _rounds(node))
         for node in model.graph
-        if node.op_type == "Conv"
-        and node.name not in spared
-        and (weight := ir.convenience.get_const_tensor(node.inputs[1])) is not None
+        if node.name not in spared and (weight := _weight(node)) is not None
     }
-    seen = calibrate(graph, feeds, [name for _, *names in layers.values() for name in names])
-    noise = {}
-    for node, (weight, *names) in layers.items():
-        before, after = (seen[name] for name in names)
-        noise[node.name] = min(signal_to_noise(before), signal_to_noise(after))
+    seen = calibrate(graph, feeds, [name for _, names in layers.values() for name in names])
+    noise: dict[str, float] = {}
+    rounded: dict[ir.Value, ir.Value] = {}  # what several nodes read is rounded once
+    for node, (weight, names) in layers.items():
+        ranges = [seen[name] for name in names]
+        noise[node.name] = min(map(signal_to_noise, ranges))
         if noise[node.name] >= LEAST_DB:
-            _convolution(model.graph, node, weight.numpy(), before, after)
+            _quantise_node(model.graph, node, weight.numpy(), ranges, rounded)
     pack(model, BITS, BLOCK, spared)
     with tempfile.TemporaryDirectory(prefix=".int8-", dir=graph.parent) as scratch:
         save(model, Path(scratch) / graph.name)
@@ -78,27 +79,49 @@ def _scale(seen: Range) -> tuple[float, int]:
     return scale, round(-low / scale)
 
 
-def _convolution(graph: ir.Graph, node: ir.Node, weight: np.ndarray, before: Range, after: Range) -> None:
-    """Puts QDQ nodes before and behind a convolution: on its input, weights, bias and output."""
+def _weight(node: ir.Node) -> ir.TensorProtocol | None:
+    """The constant weight of a convolution or of a product (K, N)."""
+    if node.domain or node.op_type not in ("Conv", "MatMul"):
+        return None
+    weight = ir.convenience.get_const_tensor(node.inputs[1])
+    return None if weight is None or (node.op_type == "MatMul" and len(weight.shape) != 2) else weight
+
+
+def _rounds(node: ir.Node) -> list[str]:
+    """The activations that quantising a node rounds: a product's result stays in float."""
+    return [node.inputs[0].name, node.outputs[0].name][: 2 if node.op_type == "Conv" else 1]
+
+
+def _quantise_node(
+    graph: ir.Graph, node: ir.Node, weight: np.ndarray, ranges: Sequence[Range], rounded: dict[ir.Value, ir.Value]
+) -> None:
+    """Puts QDQ nodes before and, with a second range, behind a convolution or a product."""
     name, made, users = node.name, node.outputs[0], list(node.outputs[0].uses())
-    scales = (np.maximum(np.abs(weight).reshape(len(weight), -1).max(1), 1e-12) / 127).astype(np.float32)
-    each = scales.reshape(-1, *[1] * (weight.ndim - 1))
-    stored = _dequantised(graph, f"{name}_weight", np.rint(weight / each).astype(np.int8), scales)
-    taken = _rounded(graph, f"{name}_input", node.inputs[0], before)
-    graph.insert_before(node, [*taken, stored])
-    node.replace_input_with(0, taken[-1].outputs[0])
+    axis = 0 if node.op_type == "Conv" else 1  # of the output channels
+    others = tuple(i for i in range(weight.ndim) if i != axis)
+    scales = np.maximum(np.abs(weight).max(others), 1e-12).astype(np.float32) / np.float32(127)
+    whole = np.rint(weight / np.expand_dims(scales, others)).astype(np.int8)
+    stored = _dequantised(graph, f"{name}_weight", whole, scales, axis)
+    graph.insert_before(node, stored)
+    if (read := node.inputs[0]) not in rounded:
+        taken = _rounded(graph, f"{name}_input", read, ranges[0])
+        graph.insert_before(node, taken)
+        rounded[read] = taken[-1].outputs[0]
+    node.replace_input_with(0, rounded[read])
     node.replace_input_with(1, stored.outputs[0])
     bias = ir.convenience.get_const_tensor(node.inputs[2]) if node.inputs[2:] else None
     if bias is not None:
-        steps = (_scale(before)[0] * scales.astype(np.float64)).astype(np.float32)
+        steps = (_scale(ranges[0])[0] * scales.astype(np.float64)).astype(np.float32)
         whole = np.clip(np.rint(bias.numpy() / steps.astype(np.float64)), -(2**31), 2**31 - 1).astype(np.int32)
-        stored = _dequantised(graph, f"{name}_bias", whole, steps)
+        stored = _dequantised(graph, f"{name}_bias", whole, steps, 0)
         graph.insert_before(node, stored)
         node.replace_input_with(2, stored.outputs[0])
-    given = _rounded(graph, f"{name}_output", made, after)
-    graph.insert_after(node, given)
-    for user, index in users:
-        user.replace_input_with(index, given[-1].outputs[0])
+    for behind in ranges[1:]:
+        given = _rounded(graph, f"{name}_output", made, behind)
+        graph.insert_after(node, given)
+        for user, index in users:
+            user.replace_input_with(index, given[-1].outputs[0])
+        rounded[given[-1].outputs[0]] = given[-1].outputs[0]
 
 
 def _rounded(graph: ir.Graph, name: str, value: ir.Value, seen: Range) -> list[ir.Node]:
@@ -114,10 +137,10 @@ def _rounded(graph: ir.Graph, name: str, value: ir.Value, seen: Range) -> list[i
     return [down, up]
 
 
-def _dequantised(graph: ir.Graph, name: str, whole: np.ndarray, scales: np.ndarray) -> ir.Node:
-    """DequantizeLinear of stored whole numbers, one scale for each entry of the first axis."""
+def _dequantised(graph: ir.Graph, name: str, whole: np.ndarray, scales: np.ndarray, axis: int) -> ir.Node:
+    """DequantizeLinear of stored whole numbers, one scale for each entry of an axis."""
     stored = [_initializer(graph, name, whole), _initializer(graph, f"{name}_scale", scales)]
-    return ir.node("DequantizeLinear", stored, {"axis": 0}, name=f"{name}_dequantize")
+    return ir.node("DequantizeLinear", stored, {"axis": axis}, name=f"{name}_dequantize")
 
 
 def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:

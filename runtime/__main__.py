@@ -46,7 +46,10 @@ def carried_out(options: argparse.Namespace) -> int:
         print(f"error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
         return 2
     except MemoryError:
-        print("error: out of memory; give fewer images, a smaller size or a half-precision bundle", file=sys.stderr)
+        print(
+            "error: out of memory; give --low-memory, fewer images, a smaller size or a half-precision bundle",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -167,7 +170,7 @@ def _add_low_memory(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--low-memory",
         action="store_true",
-        help="CPU: weights stay in their files, and every network is released once its work is done; slower",
+        help="CPU: fp32 weights stay in their files, and every network is released once its work is done",
     )
 
 

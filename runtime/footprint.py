@@ -16,7 +16,8 @@ from .session import LEAN_ROWS
 
 _RUNTIME = 40_000_000  # bytes of ONNX Runtime itself
 _ROOM = 1.4  # what an allocator takes for activations over their bytes; 1.3 to 1.5 were seen, SD 1.5 at full size
-_WIDENED = ("fp16", "bf16", "fp16-weights")  # precisions whose weights the CPU computes with in fp32
+_HALVES = ("fp16", "bf16")  # precisions that the CPU computes in fp32
+_WIDENED = (*_HALVES, "fp16-weights")  # precisions whose weights it keeps in fp32
 
 
 def predict(bundle: Bundle, plan: Plan, low_memory: bool, process: int) -> int | None:
@@ -36,14 +37,14 @@ def predict(bundle: Bundle, plan: Plan, low_memory: bool, process: int) -> int |
     halves = 2 if plan.guided else 1
     rows = plan.points * len(plan.seeds) * halves
     rows = min(rows, LEAN_ROWS) if low_memory else rows
-    encode = max(_held(parts[name], halves, low_memory) for name in encoders)
-    denoise = _held(parts[bundle.backbone], rows, low_memory)
-    decode = _held(parts["vae_decoder"], 1, low_memory)
+    encode = max(_held(parts[name], halves) for name in encoders)
+    denoise = _held(parts[bundle.backbone], rows)
+    decode = _held(parts["vae_decoder"], 1)
     phases = (encode, denoise, decode if low_memory else denoise + decode)
     return process + _RUNTIME + max(phases)
 
 
-def _held(component: Component, rows: int, low_memory: bool) -> int:
+def _held(component: Component, rows: int) -> int:
     weights = sum(stored.bytes for stored in component.files)
-    wide = 2 if component.precision in _WIDENED and not low_memory else 1
-    return wide * weights + int(_ROOM * rows * (component.activation_bytes or 0))
+    activations = rows * (component.activation_bytes or 0) * (2 if component.precision in _HALVES else 1)
+    return weights * (2 if component.precision in _WIDENED else 1) + int(_ROOM * activations)

@@ -88,7 +88,7 @@ class Pipeline:
         How the points of a request are run. auto: whatever is fastest here, measured once and kept. None: spread for
         several providers; auto if that was measured before; else batch.
     low_memory : bool
-        CPU only: weights stay in their files, mapped into memory; every session is released once its work is done.
+        CPU only: fp32 weights stay in their files, mapped into memory; a session is released once its work is done.
     """
 
     def __init__(

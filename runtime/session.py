@@ -32,10 +32,6 @@ from .tensors import declared, fit, not_finite
 log = logging.getLogger(__name__)
 
 LEAN_ROWS = 2  # of a call with low memory: a guided pair, for what a call takes grows with its rows
-_LEAN = {  # session entries under which weights stay in the file that onnxruntime maps into memory
-    "session.disable_prepacking": "1",  # which copies those of products
-    "optimization.constant_folding_max_output_size_in_bytes": str(2**20),  # else fp16 weights are kept in fp32, too
-}
 
 
 class Session:
@@ -56,7 +52,7 @@ class Session:
         What may run on the CPU in place of another provider: of the backbone up to 10 % of the compute (of the other
         components anything), anything, or no node of any component. Whatever does is a warning.
     low_memory : bool
-        Weights stay in their files, mapped into memory, and calls of many rows run as calls of LEAN_ROWS; CPU only.
+        fp32 weights stay in their files, mapped into memory, and calls of many rows run as calls of LEAN_ROWS; CPU only.
     rows : int, optional
         Of a component with one graph per row count: the graph of so many rows alone. None: each call runs the graph
         of its rows, or, where there is none, several calls of fewer rows (see `runtime.rows`), which is told.
@@ -459,8 +455,8 @@ def check_low_memory(row: Provider) -> None:
 
 
 def _make_lean(ort: ModuleType, options: Any) -> None:
-    for name, value in _LEAN.items():
-        options.add_session_config_entry(name, value)
+    """Has weights stay in the file that onnxruntime maps into memory; those in half precision it keeps in fp32, too."""
+    options.add_session_config_entry("session.disable_prepacking", "1")  # which copies those of products
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED  # one more copies convolutions'
 
 

@@ -74,7 +74,7 @@ def multi_head_attention(model: ir.Model) -> None:
         new = ir.node("MultiHeadAttention", [one.make(model.graph, node) for one in operands], attributes, domain=ORT)
         new.name = node.name
         _replace(model, joined.producer(), [new])
-    model.opset_imports[ORT] = 1
+        model.opset_imports[ORT] = 1
     _clear(model)
 
 

@@ -16,12 +16,11 @@ from epd.table import write_whole
 
 def add_device(command: argparse.ArgumentParser) -> None:
     """--provider and all that goes with it, as `python -m runtime generate` has them."""
-    from runtime.__main__ import _add_fallback, _add_low_memory
+    from runtime.__main__ import _add_fallback
 
     command.add_argument("--provider", default="cpu", metavar="NAME", help="ONNX Runtime execution provider")
     command.add_argument("--provider-option", action="append", default=[], metavar="KEY=VALUE", help="may be repeated")
     _add_fallback(command)
-    _add_low_memory(command)
 
 
 def device(options: argparse.Namespace) -> dict[str, Any]:
@@ -32,7 +31,6 @@ def device(options: argparse.Namespace) -> dict[str, Any]:
         "provider": options.provider,
         "provider_options": _pairs(options.provider_option),
         "fallback": options.fallback,
-        "low_memory": options.low_memory,
     }
 
 

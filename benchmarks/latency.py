@@ -257,6 +257,8 @@ def _import_seconds() -> float:
 
 def add(commands: Any) -> None:
     """Registers the command with `argparse`'s subparsers."""
+    from runtime.__main__ import _add_low_memory
+
     command = commands.add_parser("latency", help="how long a picture takes here, and where the time goes")
     command.set_defaults(run=_run)
     command.add_argument("model", metavar="MODEL", help="a bundle folder, or the name of a shipped one")
@@ -275,6 +277,7 @@ def add(commands: Any) -> None:
         "--warmup", type=int, default=1, metavar="N", help="pictures before, the first too (default 1)"
     )
     add_device(command)
+    _add_low_memory(command)
     add_outputs(command)
 
 
@@ -289,7 +292,9 @@ def _run(options: argparse.Namespace) -> None:
     check_outputs(options)
     if options.runs < 3 or options.warmup < 1:
         raise RequestError("--runs must be 3 or more, --warmup 1 or more")
-    pipe = Pipeline.from_pretrained(options.model, **device(options), directions=options.directions)
+    pipe = Pipeline.from_pretrained(
+        options.model, **device(options), directions=options.directions, low_memory=options.low_memory
+    )
     asked = {
         "num_inference_steps": options.steps,
         "guidance_scale": options.guidance_scale,

@@ -206,7 +206,7 @@ def dry_run(planned: plan.Plan, target: Path) -> dict[str, object]:
     if planned.calibrated:
         say(
             f"{planned.backbone}: exported in fp32 first, then calibrated on drawings, on this CPU: as long as about "
-            "30 pictures take"
+            "30 pictures take, or 6 at full size"
         )
     disk = sum(one["disk_bytes"] for one in predicted.values())
     ram = max(max(one["export_ram_bytes"], one["parity_ram_bytes"]) for one in predicted.values())

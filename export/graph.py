@@ -17,6 +17,7 @@ from torch import nn
 
 from runtime.facts import Tensor
 
+from . import ExportError
 from .opset import FROM, lower
 
 DATA = "model.onnx_data"  # the external data file, beside the graph
@@ -97,7 +98,8 @@ def _content(tensor: ir.TensorProtocol) -> tuple[str, tuple[int, ...], bytes]:
         with Path(tensor.path).open("rb") as file:
             file.seek(tensor.offset or 0)
             while left:
-                piece = file.read(min(left, _PIECE))
+                if not (piece := file.read(min(left, _PIECE))):
+                    raise ExportError(f"{tensor.path}: is cut off; export again")
                 digest.update(piece)
                 left -= len(piece)
         return str(tensor.dtype.numpy()), tuple(tensor.shape.numpy()), digest.digest()

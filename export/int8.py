@@ -42,6 +42,16 @@ def quantise(graph: Path, feeds: Sequence[Mapping[str, np.ndarray]]) -> dict[str
         Of convolutions and linear layers, signal to noise in dB of the worse of their rounded activations. The graph's
         edges and the network of the time, which are not in here, stay in float.
     """
+    with tempfile.TemporaryDirectory(prefix=".int8-", dir=graph.parent) as scratch:
+        noise = _write(graph, feeds, Path(scratch) / graph.name)
+        gc.collect()  # Windows renames no file that is still mapped
+        for written in sorted(Path(scratch).iterdir()):
+            os.replace(written, graph.parent / written.name)
+    return noise
+
+
+def _write(graph: Path, feeds: Sequence[Mapping[str, np.ndarray]], target: Path) -> dict[str, float]:
+    """Writes the int8 graph of one in fp32; what `quantise` gives."""
     spared = kept(skeleton(graph))
     model = ir.load(graph)
     layers = {
@@ -58,12 +68,7 @@ def quantise(graph: Path, feeds: Sequence[Mapping[str, np.ndarray]]) -> dict[str
         if noise[node.name] >= LEAST_DB:
             _quantise_node(model.graph, node, weight.numpy(), ranges, rounded)
     pack(model, BITS, BLOCK, spared)
-    with tempfile.TemporaryDirectory(prefix=".int8-", dir=graph.parent) as scratch:
-        save(model, Path(scratch) / graph.name)
-        del model, layers
-        gc.collect()  # Windows renames no file that is still mapped
-        for written in sorted(Path(scratch).iterdir()):
-            os.replace(written, graph.parent / written.name)
+    save(model, target)
     return noise
 
 
@@ -99,7 +104,12 @@ def _quantise_node(
     name, made, users = node.name, node.outputs[0], list(node.outputs[0].uses())
     axis = 0 if node.op_type == "Conv" else 1  # of the output channels
     others = tuple(i for i in range(weight.ndim) if i != axis)
-    scales = np.maximum(np.abs(weight).max(others), 1e-12).astype(np.float32) / np.float32(127)
+    bias = ir.convenience.get_const_tensor(node.inputs[2]) if node.inputs[2:] else None
+    step = _scale(ranges[0])[0]
+    largest = np.maximum(np.abs(weight).max(others), 1e-12) / 127
+    if bias is not None:  # in 32 bits, of steps that are the input's times the weights'
+        largest = np.maximum(largest, np.abs(bias.numpy()) / (2**30 * step))
+    scales = largest.astype(np.float32)
     whole = np.rint(weight / np.expand_dims(scales, others)).astype(np.int8)
     stored = _dequantised(graph, f"{name}_weight", whole, scales, axis)
     graph.insert_before(node, stored)
@@ -109,10 +119,9 @@ def _quantise_node(
         rounded[read] = taken[-1].outputs[0]
     node.replace_input_with(0, rounded[read])
     node.replace_input_with(1, stored.outputs[0])
-    bias = ir.convenience.get_const_tensor(node.inputs[2]) if node.inputs[2:] else None
     if bias is not None:
-        steps = (_scale(ranges[0])[0] * scales.astype(np.float64)).astype(np.float32)
-        whole = np.clip(np.rint(bias.numpy() / steps.astype(np.float64)), -(2**31), 2**31 - 1).astype(np.int32)
+        steps = (step * scales.astype(np.float64)).astype(np.float32)
+        whole = np.rint(bias.numpy() / steps.astype(np.float64)).astype(np.int32)
         stored = _dequantised(graph, f"{name}_bias", whole, steps, 0)
         graph.insert_before(node, stored)
         node.replace_input_with(2, stored.outputs[0])

@@ -133,13 +133,15 @@ def make(checkpoint: Checkpoint, options: Options) -> Plan:
         options.target,
         {name: component_rows(name, rows) for name in chosen},
         _pictures(dtype, whole and not checkpoint.source.random_weights, options.pictures),
-        _tile(facts, options.vae_tile, max(height, width)),
+        _tile(facts, options.vae_tile, max(height, width), "vae_decoder" in chosen),
     )
 
 
-def _tile(facts: Facts, pixels: int | None, side: int) -> int | None:
+def _tile(facts: Facts, pixels: int | None, side: int, decoder: bool) -> int | None:
     """The tile that was asked for; ExportError for one that the decoder cannot have or that would change nothing."""
     factor = facts.latent.factor
+    if pixels is not None and not decoder:
+        raise ExportError(f"--vae-tile {pixels}: of vae_decoder, which is not among --components; leave it out")
     if pixels is not None and (pixels % factor or not 4 * factor <= pixels < side):
         raise ExportError(
             f"--vae-tile {pixels}: must be a multiple of {factor}, {4 * factor} or more, and smaller than the "

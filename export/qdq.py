@@ -148,6 +148,8 @@ def calibrate(
     """
     model = skeleton(graph)
     names = list(dict.fromkeys(_floats(model) if tensors is None else tensors))
+    if not names:
+        return {}
     for name in names:
         model.graph.node.append(helper.make_node("Mul", [name, name], [f"{name}/square"]))
         for reduce, value in (("ReduceMin", name), ("ReduceMax", name), ("ReduceMean", f"{name}/square")):
@@ -164,7 +166,7 @@ def calibrate(
         session = onnxruntime.InferenceSession(beside, options, providers=["CPUExecutionProvider"])
     finally:
         beside.unlink(missing_ok=True)
-    seen = np.asarray([session.run(wanted, dict(feed)) if wanted else [] for feed in feeds], np.float64)
+    seen = np.asarray([session.run(wanted, dict(feed)) for feed in feeds], np.float64)
     seen = seen.reshape(len(feeds), len(names), 3)  # (feeds, tensors, least, largest and mean square)
     found = zip(seen[..., 0].min(0), seen[..., 1].max(0), seen[..., 2].mean(0), strict=True)
     return {name: Range(*map(float, values)) for name, values in zip(names, found, strict=True)}

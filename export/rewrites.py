@@ -64,7 +64,7 @@ def multi_head_attention(model: ir.Model) -> None:
         if (node.op_type, node.domain) != ("Attention", "") or not _plain_attention(node):
             continue
         joined = _joined_heads(node.outputs[0])
-        operands = [_TokensFirst(value) for value in node.inputs]
+        operands = [_TokensFirst(value) for value in node.inputs[:3]]
         if joined is None or not all(one.found for one in operands):
             continue
         heads = node.inputs[0].shape[1]
@@ -80,11 +80,13 @@ def multi_head_attention(model: ir.Model) -> None:
 
 def _plain_attention(node: ir.Node) -> bool:
     """Whether all it has is query, key, value and a scale."""
+    scale = node.attributes.get("scale")
     plain = {"qk_matmul_output_mode", "softcap", "is_causal", "q_num_heads", "kv_num_heads", "softmax_precision"}
     odd = [name for name, value in node.attributes.items() if name != "scale" and (name not in plain or value.value)]
     query, key, *_ = node.inputs
     return not (
         odd
+        or (scale is not None and not scale.as_float())  # which the other node takes for none
         or any(node.inputs[3:])
         or any(value.uses() for value in node.outputs[1:])
         or len(query.shape or ()) != 4
@@ -100,8 +102,16 @@ def _joined_heads(value: ir.Value) -> ir.Value | None:
             return None
         if kind == "Transpose" and tuple(users[0].attributes["perm"].as_ints()) != _HEADS_FIRST:
             return None
-        value = users[0].outputs[0]
-    return value if len(value.shape or ()) == 3 else None
+        given, value = value, users[0].outputs[0]
+    return value if _joins(value, given) else None
+
+
+def _joins(whole: ir.Value, apart: ir.Value) -> bool:
+    """Whether one is (rows, tokens, heads x width) of the other, (rows, tokens, heads, width), sizes known."""
+    shapes = [list(value.shape or ())[1:] for value in (whole, apart)]
+    if [len(shape) for shape in shapes] != [2, 3] or not all(isinstance(n, int) for n in (*shapes[0], *shapes[1])):
+        return False
+    return shapes[0] == [shapes[1][0], shapes[1][1] * shapes[1][2]]
 
 
 class _TokensFirst:
@@ -135,8 +145,7 @@ def _tokens_first(value: ir.Value) -> ir.Value | None:
     reshape = transpose.inputs[0].producer()
     if reshape is None or reshape.op_type != "Reshape" or tuple(transpose.attributes["perm"].as_ints()) != _HEADS_FIRST:
         return None
-    whole = reshape.inputs[0]
-    return whole if len(whole.shape or ()) == 3 else None
+    return reshape.inputs[0] if _joins(reshape.inputs[0], reshape.outputs[0]) else None
 
 
 def instance_normalization(model: ir.Model) -> None:

@@ -422,9 +422,11 @@ def _inspect(options: argparse.Namespace) -> None:
 
     from .bundle import Bundle
     from .inspect import assignments, describe, describe_assignments, predicted, verify
+    from .memory import peak_rss_bytes
     from .pipeline import DEFAULT, find
 
     bundle = Bundle.open(find(DEFAULT if options.folder is None else options.folder))
+    process = peak_rss_bytes()  # before sessions are loaded
     if options.verify:
         verify(bundle)
     if options.provider_option and options.provider is None:
@@ -434,10 +436,10 @@ def _inspect(options: argparse.Namespace) -> None:
     )
     if options.json:
         told = {"folder": str(bundle.folder), "foreign": bundle.foreign, "verified": options.verify}
-        told |= {"predicted_rss_bytes": predicted(bundle)}
+        told |= {"predicted_rss_bytes": predicted(bundle, process)}
         print(json.dumps(told | asdict(bundle.facts) | ({"assignments": list(map(asdict, placed))} if placed else {})))
     else:
-        print(describe(bundle, verified=options.verify))
+        print(describe(bundle, verified=options.verify, process=process))
         if placed:
             print(describe_assignments(placed, bundle.backbone))
 

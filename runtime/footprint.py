@@ -12,6 +12,7 @@ from __future__ import annotations
 from .bundle import Bundle
 from .facts import Component
 from .plan import Plan
+from .rows import calls_of
 from .session import LEAN_ROWS
 
 _RUNTIME = 40_000_000  # bytes of ONNX Runtime itself
@@ -36,7 +37,9 @@ def predict(bundle: Bundle, plan: Plan, low_memory: bool, process: int) -> int |
         return None
     halves = 2 if plan.guided else 1
     rows = plan.points * len(plan.seeds) * halves
-    rows = min(rows, LEAN_ROWS) if low_memory else rows
+    if fixed := parts[bundle.backbone].rows:
+        rows = max(calls_of(bundle, bundle.backbone, rows))
+    rows = min(rows, LEAN_ROWS) if low_memory and not fixed else rows
     encode = max(_held(parts[name], halves) for name in encoders)
     denoise = _held(parts[bundle.backbone], rows)
     decode = _held(parts["vae_decoder"], 1)

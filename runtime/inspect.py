@@ -9,10 +9,9 @@ from epd.solvers import METHODS
 
 from .assignment import Assignment
 from .bundle import Bundle
-from .errors import ProviderError
+from .errors import ProviderError, RunError
 from .facts import REQUIRED, Component, Family
 from .footprint import predict
-from .memory import peak_rss_bytes
 from .plan import make_plan
 from .session import Session
 from .tables import load_table
@@ -71,7 +70,7 @@ def describe_assignments(placed: list[Assignment], backbone: str) -> str:
     return "\n".join(lines)
 
 
-def describe(bundle: Bundle, *, verified: bool) -> str:
+def describe(bundle: Bundle, *, verified: bool, process: int | None = None) -> str:
     """Facts and components, one line each."""
     facts = bundle.facts
     latent, text, defaults, source = facts.latent, facts.text, facts.defaults, facts.source
@@ -88,7 +87,7 @@ def describe(bundle: Bundle, *, verified: bool) -> str:
         f"tables      {', '.join(facts.tables) or 'none'}",
         f"picture     {_picture(bundle)}",
     ]
-    if (told := predicted(bundle)) is not None:
+    if (told := predicted(bundle, process)) is not None:
         full, lean = (f"{count / 1e9:.3g} GB" for count in told.values())
         lines.append(f"memory      {full} to draw a picture, {lean} with --low-memory (predicted, on the CPU)")
     if source.random_weights:
@@ -102,15 +101,24 @@ def describe(bundle: Bundle, *, verified: bool) -> str:
     return "\n".join(lines)
 
 
-def predicted(bundle: Bundle) -> dict[str, int] | None:
+def predicted(bundle: Bundle, process: int | None) -> dict[str, int] | None:
     """Bytes that drawing a picture as the bundle does by default takes, at full speed and with low memory.
 
     None where the bundle, or the system, does not say what is needed to know it.
+
+    Parameters
+    ----------
+    process
+        Bytes of the process before anything is loaded; None where the system does not tell.
     """
-    parts, process = bundle.facts.components, peak_rss_bytes()
-    if process is None or any(name not in parts for name in REQUIRED[bundle.facts.family]) or bundle.foreign:
+    parts = bundle.facts.components
+    known = all(name in parts and parts[name].activation_bytes is not None for name in REQUIRED[bundle.facts.family])
+    if process is None or not known:
         return None
-    plan = make_plan(bundle, "")
+    try:
+        plan = make_plan(bundle, "")
+    except RunError:  # which drawing will tell
+        return None
     full, lean = (predict(bundle, plan, low_memory, process) for low_memory in (False, True))
     return None if full is None or lean is None else {"full_speed": full, "low_memory": lean}
 

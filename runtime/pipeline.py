@@ -108,6 +108,8 @@ class Pipeline:
         check(directions, len(rows))
         for row in rows if low_memory else ():
             check_low_memory(row)
+        if low_memory and session_options is not None:
+            raise ProviderError("low_memory sets session_options of its own; leave one of them out")
         if session_options is not None and len(rows) > 1:
             raise ProviderError("session_options are made for one provider; leave them out, or name one provider")
         self.providers = [row.ort for row in rows]  # ONNX Runtime's names
@@ -258,6 +260,18 @@ class Pipeline:
         callback_on_step_end: Callable[[epd.Step], None] | None = None,
     ) -> Result:
         """Carries out a plan: encode, prior, solve, decode."""
+        try:
+            return self._draw(plan, latents, output_type, callback_on_step_end)
+        finally:
+            self._release()
+
+    def _draw(
+        self,
+        plan: Plan,
+        latents: ArrayLike | None,
+        output_type: Literal["pil", "np", "latent"],
+        callback_on_step_end: Callable[[epd.Step], None] | None,
+    ) -> Result:
         clock = _Clock(self)
         with _stage("while encoding"):
             slopes = self.slopes([plan.prompt], plan.guidance, plan.negative_prompt, plan.guidance_interval)

@@ -52,7 +52,7 @@ class Session:
         What may run on the CPU in place of another provider: of the backbone up to 10 % of the compute (of the other
         components anything), anything, or no node of any component. Whatever does is a warning.
     low_memory : bool
-        fp32 weights stay in their files, mapped into memory, and calls of many rows run as calls of LEAN_ROWS; CPU only.
+        fp32 weights stay in their files, mapped into memory; calls of many rows run as calls of LEAN_ROWS. CPU only.
     rows : int, optional
         Of a component with one graph per row count: the graph of so many rows alone. None: each call runs the graph
         of its rows, or, where there is none, several calls of fewer rows (see `runtime.rows`), which is told.
@@ -306,8 +306,13 @@ class Session:
         feeds, names = self._checked(arrays), self._names(want)
         if not self._lean or not all(tensor.shape and isinstance(tensor.shape[0], str) for tensor in self._inputs):
             return self._answer(names, feeds)
-        parts = cut(few(rows_of(self.component, feeds), LEAN_ROWS))
-        return join([self._answer(names, {name: feeds[name][rows] for name in feeds}) for rows in parts], parts)
+        count = max(map(len, feeds.values()))
+        parts = cut(few(count, LEAN_ROWS))
+        shared = {name: value for name, value in feeds.items() if len(value) < count}  # one entry for all rows
+        return join(
+            [self._answer(names, {name: value[rows] for name, value in feeds.items()} | shared) for rows in parts],
+            parts,
+        )
 
     def _answer(self, names: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """The outputs of one run, all of them finite."""

@@ -110,6 +110,35 @@ def test_convolutions_and_layers_in_8_bits_but_for_edges_and_what_bears_it_least
     assert {path.name for path in plain.parent.iterdir()} == {"model.onnx", "model.onnx_data", "optimised.onnx"}
 
 
+def test_a_bias_over_weights_of_nothing_is_kept(tmp_path):
+    weight, bias = np.zeros((4, 4, 1, 1), np.float32), np.array([3, -2, 0, 1], np.float32)
+    weight[3] = 0.5
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 20]> net (float[rows,4,2,2] x) => (float[rows,4,2,2] y)'
+        "{ a = Conv(x, first) b = Conv(a, weight, bias) y = Conv(b, first) }"
+    )
+    values = {"first": np.eye(4, dtype=np.float32)[..., None, None], "weight": weight, "bias": bias}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in values.items())
+    for node in model.graph.node:
+        node.name = f"node_{node.output[0]}"
+    path = tmp_path / "model.onnx"
+    graph.save(ir.from_proto(onnx.shape_inference.infer_shapes(model)), path)
+    fed = {"x": np.random.default_rng(0).uniform(0, 1, (2, 4, 2, 2)).astype(np.float32)}
+    truth = session(path).run(None, fed)[0]
+    assert set(int8.quantise(path, [fed])) == {"node_b"}
+    np.testing.assert_allclose(session(path).run(None, fed)[0], truth, atol=0.03)
+
+
+def test_a_graph_of_edges_alone_stays_as_it_is(tmp_path):
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 20]> net (float[rows,4,2,2] x) => (float[rows,4,2,2] y){ y = Conv(x, w) }'
+    )
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((4, 4, 1, 1), np.float32), "w"))
+    model.graph.node[0].name = "only"
+    graph.save(ir.from_proto(model), tmp_path / "model.onnx")
+    assert int8.quantise(tmp_path / "model.onnx", [{"x": np.ones((1, 4, 2, 2), np.float32)}]) == {}
+
+
 def test_noise_of_rounding_is_what_theory_says():
     random = np.random.default_rng(0)
     values = random.uniform(-1, 1, 100_000)

@@ -319,7 +319,7 @@ def exported(checkpoint: Path, target: Path, family: str, *words: str) -> Bundle
 @pytest.mark.parametrize(
     ("family", "words"),
     [
-        ("sd15", ["--dtype", "int8-weights"]),
+        ("sd15", ["--dtype", "int8"]),
         ("sd3", ["--dtype", "bf16", "--target", "cuda"]),
         ("sd3", ["--dtype", "w8a16", "--target", "qnn"]),
     ],

@@ -302,7 +302,9 @@ def left_behind(target: Path, pid: int, end: str) -> Path:
 NOBODY = 4194305  # no such process: above the largest id of Linux
 
 
-@pytest.mark.parametrize("pid", [NOBODY, os.getpid()])  # in a container the next export has the same id
+@pytest.mark.parametrize(
+    "pid", [NOBODY, os.getpid()], ids=["another", "same"]
+)  # in a container the next export has the same id
 def test_a_kill_between_the_two_renames_gives_the_old_bundle_back_and_the_next_export_heeds_it(
     capsys, checkpoint: Path, target: Path, pid: int
 ):

@@ -121,6 +121,7 @@ def test_attention_of_two_sorts_of_tokens_is_one_node_and_two_sorts_joined(setti
     [
         ("is_causal = 1", "q_all, k_all, v_all"),
         ("softcap = 2.0", "q_all, k_all, v_all"),
+        ("scale = 0.0", "q_all, k_all, v_all"),
         ("scale = 0.3", "q_all, k_all, v_all, mask"),
     ],
 )
@@ -141,6 +142,13 @@ def test_attention_that_the_other_node_does_not_do_is_left_alone(settings, opera
 def test_attention_whose_operands_or_result_are_made_otherwise_is_left_alone(old, new):
     text = ATTENTION.replace(old, new).replace("float[2,3,16] v2)", "float[2,3,16] v2, float[2,4,3,4] extra)")
     assert text.count(new) == 1
+    assert "Attention" in kinds(rewrite(net(text), "cpu"))
+
+
+def test_a_result_that_is_not_joined_by_tokens_is_left_alone():
+    text = ATTENTION.replace("(float[2,9,16] y)", "(float[2,18,8] y)").replace(
+        "joined = {0, -1, 16}", "joined = {0, -1, 8}"
+    )
     assert "Attention" in kinds(rewrite(net(text), "cpu"))
 
 

@@ -27,7 +27,7 @@ def placed(nodes, macs=MACS):
 
 
 def on(**providers):
-    operators = {"conv": "Conv", "product": "MatMul", "attention": "Attention"}
+    operators = {"conv": "Conv", "product": "MatMul", "attention": "MultiHeadAttention"}
     return [Node(name, operators[name], provider) for name, provider in providers.items()]
 
 

@@ -27,7 +27,7 @@ def placed(nodes, macs=MACS):
 
 
 def on(**providers):
-    operators = {"conv": "Conv", "product": "MatMul", "attention": "MultiHeadAttention"}
+    operators = {"conv": "Conv", "product": "MatMul", "attention": "Attention"}
     return [Node(name, operators[name], provider) for name, provider in providers.items()]
 
 
@@ -154,7 +154,7 @@ def test_on_the_cpu_everything_is_on_the_cpu(caplog):
     assert one.by_compute
     assert one.share == 1
     assert set(one.nodes) == {CPU}
-    assert {"MatMul", "Attention"} <= {part.operator for part in one.parts if part.share > 0.05}
+    assert {"MatMul", "MultiHeadAttention"} <= {part.operator for part in one.parts if part.share > 0.05}
     assert str(one) == f"transformer: 100 % of the compute on {CPU} ({one.nodes[CPU]} nodes)"
     assert caplog.messages == []
 

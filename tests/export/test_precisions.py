@@ -319,7 +319,7 @@ def exported(checkpoint: Path, target: Path, family: str, *words: str) -> Bundle
 @pytest.mark.parametrize(
     ("family", "words"),
     [
-        ("sd15", ["--dtype", "int8"]),
+        ("sd15", ["--dtype", "int8-weights"]),
         ("sd3", ["--dtype", "bf16", "--target", "cuda"]),
         ("sd3", ["--dtype", "w8a16", "--target", "qnn"]),
     ],
@@ -341,6 +341,21 @@ def test_a_whole_bundle_of_a_precision(family, words, tiny_checkpoints, tmp_path
     }
     names = {f"model_rows{rows}.onnx" for rows in backbone.rows[1:]} | {"model.onnx", "model.onnx_data", "config.json"}
     assert {path.name for path in (bundle.folder / bundle.backbone).iterdir()} == names
+
+
+@pytest.mark.slow
+def test_int8_for_the_cpu_of_a_trained_unet(tmp_path: Path):
+    """Of a random one the gate refuses the pictures: 17 dB."""
+    assert main(["shapes-sd15", "-o", str(tmp_path / "bundle"), "--dtype", "int8"]) == 0
+    bundle = Bundle.open(tmp_path / "bundle")
+    bundle.verify()
+    backbone = bundle.facts.components["unet"]
+    assert backbone.precision == "int8"
+    assert backbone.parity.error <= backbone.parity.tolerance
+    assert bundle.facts.picture.by == "graph"
+    assert bundle.facts.picture.psnr_db >= bundle.facts.picture.tolerance_db
+    kinds = Counter(node.op_type for node in onnx.load(bundle.graph("unet"), load_external_data=False).graph.node)
+    assert min(kinds[kind] for kind in ("QuantizeLinear", "MatMulNBits", "MultiHeadAttention")) > 0
 
 
 def t5_checkpoint(folder: Path) -> Path:

@@ -149,6 +149,11 @@ def test_options_that_mean_nothing_for_a_target(words, line, tiny_checkpoints, t
     assert not (tmp_path / "bundle").exists()
 
 
+def test_a_cpu_calibrates_what_has_convolutions():
+    assert precision("unet", "int8", "cpu") == precision("transformer", "int8", "qnn") == "int8"
+    assert precision("transformer", "int8", "cpu") == "int8-weights"
+
+
 @pytest.mark.slow
 def test_a_bundle_for_qnn_draws_what_the_dynamic_one_draws(tiny_checkpoints, tiny_bundles, tmp_path, capsys):
     """Graphs of 2 and 4 rows, T5's and VAE's of one; three directions run as calls of 4 and 2 rows."""

@@ -416,7 +416,6 @@ class Session:
             options.log_severity_level = 3
             if self._row is CPU:  # a plan for each row count is new memory, kept; reuse ties tensors that could go
                 options.enable_mem_pattern = options.enable_mem_reuse = False
-                options.add_session_config_entry("session.x64quantprecision", "1")  # int8 sums overflow without VNNI
         if self._lean:
             _make_lean(ort, options)
         options.add_session_config_entry(assignment.RECORD, "1")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,20 @@ def check_outputs(options: argparse.Namespace) -> None:
             raise RequestError(f"{file}: a folder; give a file name")
 
 
+def publish(options: argparse.Namespace, result: Any, report: Any, csv: str) -> None:
+    """Writes what `add_outputs` offers and was asked for, and prints the tables, or the JSON.
+
+    `report`: a module with `markdown(result)` and `plot(result, file)`.
+    """
+    if options.csv is not None:
+        write(options.csv, csv)
+    if options.markdown is not None:
+        write(options.markdown, report.markdown(result))
+    if options.plot is not None:
+        report.plot(result, options.plot)
+    print(json.dumps(result.to_json(), allow_nan=False) if options.json else report.markdown(result))
+
+
 def write(file: Path, text: str) -> None:
     """As UTF-8, the whole of it or nothing."""
     write_whole(file, text.encode())
@@ -67,6 +82,13 @@ def save(figure: Any, file: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     write_whole(file, buffer.getvalue())
+
+
+def plain(axes: Any) -> None:
+    """The look of all plots: a faint grid behind the data, no frame above and on the right."""
+    axes.grid(color="0.92")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:

@@ -13,7 +13,6 @@ the weights are the same.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from runtime.errors import RequestError
 from runtime.profiles import Timing, timing, usable_cores
 
-from .common import add_outputs, check_outputs, comma_separated, write
+from .common import add_outputs, check_outputs, comma_separated, publish
 from .compare_process import Others, export, turn_of
 from .machine import Machine, machine
 
@@ -270,13 +269,7 @@ def _run(options: argparse.Namespace) -> None:
                 bar.update(1)
 
             result = measure(work, contenders, rounds, place, tell)
-    if options.csv is not None:
-        write(options.csv, comma_separated(compare_report.rows(result)))
-    if options.markdown is not None:
-        write(options.markdown, compare_report.markdown(result))
-    if options.plot is not None:
-        compare_report.plot(result, options.plot)
-    print(json.dumps(result.to_json(), allow_nan=False) if options.json else compare_report.markdown(result))
+    publish(options, result, compare_report, comma_separated(compare_report.rows(result)))
 
 
 def _work(options: argparse.Namespace, bundle: Any, place: Path) -> Work:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import megabytes, save, table
+from .common import megabytes, plain, save, table
 from .machine import company
 
 if TYPE_CHECKING:
@@ -156,8 +156,6 @@ def plot(result: Comparison, file: Path) -> None:
     right.barh(names, [(side.median("peak_rss_bytes") or 0) / 1e6 for side in sides], color="tab:blue")
     right.set_xlabel("peak memory, MB")
     for axes in (left, right):
-        axes.grid(color="0.92")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain(axes)
     figure.suptitle(f"{result.model}: {result.told}", fontsize=9)
     save(figure, file)

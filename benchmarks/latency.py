@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,7 +25,7 @@ from runtime.memory import peak_rss_bytes
 from runtime.plan import Plan
 from runtime.profiles import Others, timing
 
-from .common import add_device, add_outputs, check_outputs, comma_separated, device, write
+from .common import add_device, add_outputs, check_outputs, comma_separated, device, publish
 from .machine import Machine, machine
 from .watch import Call, Watch, Watched
 
@@ -310,10 +309,4 @@ def _run(options: argparse.Namespace) -> None:
         total=1 + options.warmup + options.runs, unit="picture", disable=None, leave=False
     ) as bar:  # on a terminal
         result = measure(pipe, plan, options.runs, options.warmup, lambda: bar.update(1) and None)
-    if options.csv is not None:
-        write(options.csv, comma_separated(latency_report.rows(result)))
-    if options.markdown is not None:
-        write(options.markdown, latency_report.markdown(result))
-    if options.plot is not None:
-        latency_report.plot(result, options.plot)
-    print(json.dumps(result.to_json(), allow_nan=False) if options.json else latency_report.markdown(result))
+    publish(options, result, latency_report, comma_separated(latency_report.rows(result)))

@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import megabytes, save, table
+from .common import megabytes, plain, save, table
 from .machine import company
 
 if TYPE_CHECKING:
@@ -132,8 +132,6 @@ def plot(result: Latency, file: Path) -> None:
     right.barh([line[0] for line in lines], [float(line[1]) for line in lines], color="tab:blue")
     right.set_xlabel("seconds a picture, medians")
     for axes in (left, right):
-        axes.grid(color="0.92")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain(axes)
     figure.suptitle(f"{result.model} on {result.provider['ran']}, {result.steps} steps of {result.solver}", fontsize=10)
     save(figure, file)

@@ -17,7 +17,6 @@ do; so does every solver once more, as NAME even, on evenly spaced network times
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from runtime.interval import Interval, interval
 from runtime.judge import psnr
 
 from .bench import Attempt, Bench, shown
-from .common import add_outputs, check_outputs, write
+from .common import add_outputs, check_outputs, publish
 from .entrants import entrants, references
 
 if TYPE_CHECKING:
@@ -189,13 +188,7 @@ def _run(options: argparse.Namespace) -> None:
             bar.update(1)
 
         quality = measure(bench, attempts, scenes, options.reference_steps, progress)
-    if options.csv is not None:
-        write(options.csv, report.comma_separated(quality))
-    if options.markdown is not None:
-        write(options.markdown, report.markdown(quality))
-    if options.plot is not None:
-        report.plot(quality, options.plot)
-    print(json.dumps(quality.to_json(), allow_nan=False) if options.json else report.markdown(quality))
+    publish(options, quality, report, report.comma_separated(quality))
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .bench import EVEN
-from .common import save, table
+from .common import plain, save, table
 
 if TYPE_CHECKING:
     from .quality import Quality, Row
@@ -135,8 +135,7 @@ def plot(quality: Quality, file: Path) -> None:
         ticks = _calls(quality.rows) if axes is left else [4, 6, 10, 20, 40, 80]
         axes.set_xticks(ticks, list(map(str, ticks)))
         axes.minorticks_off()
-        axes.grid(color="0.92")
-        axes.spines[["top", "right"]].set_visible(False)
+        plain(axes)
         axes.set_xlabel("sequential calls" if axes is left else "total evaluations of one image")
     left.set_ylabel("PSNR to the converged picture (dB)")
     figure.suptitle(f"{quality.model}, guidance {quality.guidance:g}: {quality.prompts} prompts, 95 % intervals")

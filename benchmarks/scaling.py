@@ -10,7 +10,6 @@ peak after the first call of each row count, the counts ascending: what is neede
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import scaling_report
-from .common import add_device, add_outputs, check_outputs, comma_separated, device, write
+from .common import add_device, add_outputs, check_outputs, comma_separated, device, publish
 from .machine import Machine, machine
 
 if TYPE_CHECKING:
@@ -225,10 +224,4 @@ def _run(options: argparse.Namespace) -> None:
     if "," in options.provider:
         raise RequestError(f"scaling measures one provider; give one of {options.provider}")
     result = measure(Pipeline.from_pretrained(options.model, **device(options)), options.rows, options.k, options.runs)
-    if options.csv is not None:
-        write(options.csv, comma_separated([asdict(cost) for cost in result.costs]))
-    if options.markdown is not None:
-        write(options.markdown, scaling_report.markdown(result))
-    if options.plot is not None:
-        scaling_report.plot(result, options.plot)
-    print(json.dumps(result.to_json(), allow_nan=False) if options.json else scaling_report.markdown(result))
+    publish(options, result, scaling_report, comma_separated([asdict(cost) for cost in result.costs]))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from runtime.profiles import OTHERS
 
-from .common import megabytes, save, table
+from .common import megabytes, plain, save, table
 from .machine import company
 
 if TYPE_CHECKING:
@@ -129,7 +129,6 @@ def plot(result: Scaling, file: Path) -> None:
     for axes in (left, right):
         axes.set_xticks(rows)
         axes.set_xlabel("rows of a call")
-        axes.grid(color="0.92")
-        axes.spines[["top", "right"]].set_visible(False)
+        plain(axes)
     figure.suptitle(f"{result.model} on {result.provider}: {verdict(result)[0]}", fontsize=10)
     save(figure, file)

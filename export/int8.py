@@ -21,6 +21,7 @@ import onnx_ir as ir
 
 from .graph import save
 from .qdq import Range, calibrate, kept, skeleton
+from .rewrites import constant
 from .weights import pack
 
 BITS, BLOCK = 8, 128  # of MatMulNBits
@@ -137,8 +138,8 @@ def _rounded(graph: ir.Graph, name: str, value: ir.Value, seen: Range) -> list[i
     """QuantizeLinear to u8 and DequantizeLinear."""
     scale, zero = _scale(seen)
     step = [
-        _initializer(graph, f"{name}_scale", np.float32(scale)),
-        _initializer(graph, f"{name}_zero", np.uint8(zero)),
+        constant(graph, f"{name}_scale", np.array(scale, np.float32)),
+        constant(graph, f"{name}_zero", np.array(zero, np.uint8)),
     ]
     down = ir.node("QuantizeLinear", [value, *step], name=f"{name}_quantize")
     up = ir.node("DequantizeLinear", [down.outputs[0], *step], name=f"{name}_dequantize")
@@ -148,12 +149,5 @@ def _rounded(graph: ir.Graph, name: str, value: ir.Value, seen: Range) -> list[i
 
 def _dequantised(graph: ir.Graph, name: str, whole: np.ndarray, scales: np.ndarray, axis: int) -> ir.Node:
     """DequantizeLinear of stored whole numbers, one scale for each entry of an axis."""
-    stored = [_initializer(graph, name, whole), _initializer(graph, f"{name}_scale", scales)]
+    stored = [constant(graph, name, whole), constant(graph, f"{name}_scale", scales)]
     return ir.node("DequantizeLinear", stored, {"axis": axis}, name=f"{name}_dequantize")
-
-
-def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
-    graph.register_initializer(value)
-    return value

@@ -161,11 +161,11 @@ def instance_normalization(model: ir.Model) -> None:
             continue
         groups, name = node.attributes["num_groups"].as_int(), node.name
         epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
-        ones = _constant(model, f"{name}_ones", np.ones(groups, np.float32))
-        zeros = _constant(model, f"{name}_zeros", np.zeros(groups, np.float32))
-        grouped = _constant(model, f"{name}_grouped", np.array([0, groups, -1]))
-        whole = _constant(model, f"{name}_whole", np.array([0, *x.shape[1:]]))
-        each = _constant(model, f"{name}_each", np.array([1, x.shape[1], *[1] * (len(x.shape) - 2)]))
+        ones = constant(model.graph, f"{name}_ones", np.ones(groups, np.float32))
+        zeros = constant(model.graph, f"{name}_zeros", np.zeros(groups, np.float32))
+        grouped = constant(model.graph, f"{name}_grouped", np.array([0, groups, -1]))
+        whole = constant(model.graph, f"{name}_whole", np.array([0, *x.shape[1:]]))
+        each = constant(model.graph, f"{name}_each", np.array([1, x.shape[1], *[1] * (len(x.shape) - 2)]))
         nodes = [ir.node("Reshape", [x, grouped])]
         nodes.append(ir.node("InstanceNormalization", [nodes[-1].outputs[0], ones, zeros], {"epsilon": epsilon}))
         nodes.append(ir.node("Reshape", [nodes[-1].outputs[0], whole]))
@@ -176,11 +176,10 @@ def instance_normalization(model: ir.Model) -> None:
     _clear(model)
 
 
-def _constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
+def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     """A new initializer."""
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
-    model.graph.register_initializer(value)
+    value = ir.val(name, const_value=ir.tensor(array, name=name))
+    graph.register_initializer(value)
     return value
 
 

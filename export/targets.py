@@ -112,7 +112,7 @@ def precision(component: str, dtype: str, name: str, t5: str = "fp16") -> str:
     if component == "text_encoder_3":
         return _T5[t5]
     if dtype == "int8" and component == "transformer" and not TARGETS[name].static:
-        return "int8-weights"  # by rows, uncalibrated: as fast where hardly anything is a convolution
+        return "int8-weights"  # by rows: no calibration, and closer (shapes-sd3: 49 dB against 44), but slower products
     if dtype == "fp32" or component in BACKBONE.values():
         return dtype
     return TARGETS[name].vae if component in _VAE else "fp16-weights"

@@ -20,6 +20,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
 
 from .graph import save, save_sharing
+from .rewrites import constant
 
 DOMAIN = "com.microsoft"
 ACCURACY = 4  # the kernel's level: both operands in 8 bits
@@ -98,10 +99,7 @@ def _replace(graph: ir.Graph, node: ir.Node, weight: np.ndarray, packer: Default
     made = node.outputs[0]
     parts = []
     for part, array in (("packed", packed), ("scales", scales), ("zeros", zeros)):
-        value = ir.Value(name=f"{made.name}_{part}", const_value=ir.tensor(array, name=f"{made.name}_{part}"))
-        value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
-        graph.register_initializer(value)
-        parts.append(value)
+        parts.append(constant(graph, f"{made.name}_{part}", array))
     settings = {
         "K": weight.shape[0],
         "N": weight.shape[1],

@@ -303,7 +303,6 @@ class Pipeline:
         self._release()
         with _stage("while decoding"):
             images: Any = x.astype(np.float32) if output_type == "latent" else self.decode(x)
-        self._release()
         if output_type == "pil":
             images = [Image.fromarray(np.rint(image * 255).astype(np.uint8)) for image in images]
         clock.lap("decode")

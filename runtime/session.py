@@ -308,11 +308,11 @@ class Session:
             return self._answer(names, feeds)
         count = max(map(len, feeds.values()))
         parts = cut(few(count, LEAN_ROWS))
-        shared = {name: value for name, value in feeds.items() if len(value) < count}  # one entry for all rows
-        return join(
-            [self._answer(names, {name: value[rows] for name, value in feeds.items()} | shared) for rows in parts],
-            parts,
-        )
+
+        def of(rows: NDArray[np.intp]) -> dict[str, NDArray[Any]]:  # one entry may stand for all rows
+            return {name: value[rows] if len(value) == count else value for name, value in feeds.items()}
+
+        return join([self._answer(names, of(rows)) for rows in parts], parts)
 
     def _answer(self, names: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """The outputs of one run, all of them finite."""
@@ -411,11 +411,8 @@ class Session:
 
     def _options(self, ort: ModuleType, strict: bool) -> Any:
         options = self._session_options
-        if options is None:  # threads are left to onnxruntime: one per physical core
-            options = ort.SessionOptions()
-            options.log_severity_level = 3
-            if self._row is CPU:  # a plan for each row count is new memory, kept; reuse ties tensors that could go
-                options.enable_mem_pattern = options.enable_mem_reuse = False
+        if options is None:
+            options = default_options(ort, self._row)
         if self._lean:
             _make_lean(ort, options)
         options.add_session_config_entry(assignment.RECORD, "1")
@@ -447,6 +444,15 @@ class Session:
         if arrays.keys() != tensors.keys():
             raise RequestError(f"{self.component}: expected the inputs {', '.join(tensors)}; got {', '.join(arrays)}")
         return {name: fit(self.component, tensors[name], np.asarray(value)) for name, value in arrays.items()}
+
+
+def default_options(ort: ModuleType, row: Provider) -> Any:
+    """onnxruntime's session options where the caller gives none; threads are left to it: one per physical core."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if row is CPU:  # a plan for each row count is new memory, kept; reuse ties tensors that could go
+        options.enable_mem_pattern = options.enable_mem_reuse = False
+    return options
 
 
 def check_low_memory(row: Provider) -> None:

@@ -15,11 +15,12 @@ def load(job: dict[str, Any]) -> Ready:
 
     from runtime.ort import base_wheels, onnxruntime
     from runtime.pipeline import Pipeline
+    from runtime.providers import CPU
+    from runtime.session import Session, default_options
 
     options = None  # as this program has them by itself
     if job["threads_given"]:
-        options = onnxruntime().SessionOptions()
-        options.log_severity_level = 3
+        options = default_options(onnxruntime(), CPU)
         options.intra_op_num_threads = job["threads"]
     pipe = Pipeline.from_pretrained(job["folder"], session_options=options)
     facts = pipe.bundle.facts
@@ -30,8 +31,6 @@ def load(job: dict[str, Any]) -> Ready:
     }
     if job["work"] == "picture":
         return _pictures(pipe, job["picture"], told)
-    from runtime.session import Session
-
     session = Session(pipe.bundle, pipe.bundle.backbone, session_options=options)
     session.load()
     feeds = session.fit(dict(np.load(job["feeds"])))

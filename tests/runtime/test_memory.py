@@ -143,6 +143,18 @@ def test_low_memory_runs_few_rows_at_a_time(bundles, rows, calls):
         assert lean.calls == calls
 
 
+def test_low_memory_takes_one_timestep_for_all_rows(bundles):
+    bundle, random = Bundle.open(bundles["sd15"]), np.random.default_rng(0)
+    feeds = {
+        "sample": random.standard_normal((4, 4, 4, 4)),
+        "timestep": np.array([500]),
+        "encoder_hidden_states": random.standard_normal((4, 8, tiny_bundle.WIDTH)),
+    }
+    with Session(bundle, "unet") as full, Session(bundle, "unet", low_memory=True) as lean:
+        assert np.abs(lean(**feeds)["out_sample"] - full(**feeds)["out_sample"]).max() < 1e-6
+        assert lean.calls == 2
+
+
 def test_a_graph_with_one_timestep_for_all_rows_runs_whole(bundles):
     lean = Pipeline.from_pretrained(bundles["optimum"], low_memory=True)
     full = Pipeline.from_pretrained(bundles["optimum"])

@@ -200,7 +200,8 @@ def calibrate(job: Job) -> dict[str, Any]:
     folder = Path(job.folder)
     macs = sum(Bundle.open(folder.parent).facts.components[job.component].macs.values())
     files = {rows: _graph_file(job, GRAPH, rows) for rows in job.rows or (None,)}
-    feeds = record(folder.parent, prompts=job.prompts, count=max(FEWEST, min(CALLS, WORK // (2 * macs))))
+    count = max(FEWEST, min(CALLS, WORK // (2 * macs)))
+    feeds = record(folder.parent, prompts=job.prompts, count=count, sparing=count == FEWEST)
     apart = feeds[HELD_OUT - 1 :: HELD_OUT]
     held = {name: np.concatenate([feed[name] for feed in apart]) for name in feeds[0]}
     expected = [_answers(file, held, rows) for rows, file in files.items()]

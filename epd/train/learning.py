@@ -2,7 +2,9 @@
 
 As in arXiv 2507.14797, except that
 - gradients pass through the whole trajectory with every loss (there: through one interval, and through all of them for
-  very few steps only), and errors are compared in decibels, so that easy images count as much as hard ones;
+  very few steps only);
+- errors are compared in decibels, so that easy images count as much as hard ones: their squares, which hard images and
+  the first bad steps rule, come much less far with as many steps;
 - free numbers (tables from history) are learned in orthonormal coordinates, see `epd.train.student`;
 - the best table on images not learned from is kept, and learning ends when it gets no better;
 - the teacher is converged, and the same for every student.
@@ -65,6 +67,8 @@ class Recipe:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
         if not (0 < self.rate < 10 and 0 < self.linear_rate < 10):
             raise ValueError(f"learning rates must be in (0, 10), got {self.rate:g} and {self.linear_rate:g}")
+        if not 0 <= self.bound < 1:
+            raise ValueError(f"the bound of scales must be in [0, 1), got {self.bound:g}")
         if self.drop is not None and not self.drop >= 0:
             raise ValueError(f"what dropping may cost must be 0 dB or more, got {self.drop:g}")
         if self.loss == "state" and "times" not in self.frozen:
@@ -121,14 +125,12 @@ class Learning:
             self.progress.best_db = self._look(table)
 
     def run(self) -> Table:
-        """Learns to the end; the best table.
+        """Learns to the end; the best table. Where slopes are no more finite, that is the end.
 
         Raises
         ------
         KeyboardInterrupt
             With a checkpoint of the last step that was finished.
-        FloatingPointError
-            A slope is not finite.
         """
         kept = self._snapshot()
         try:
@@ -142,6 +144,10 @@ class Learning:
         except KeyboardInterrupt:
             write_whole(self.file, kept)
             raise
+        except FloatingPointError as error:
+            self.told(
+                f"learning diverged ({error}) and ends with the best table so far; a smaller --rate may do better"
+            )
         return self.progress.best
 
     def _begin(self, table: Table) -> None:
@@ -216,7 +222,7 @@ class Learning:
             with safe_open(self.file, "pt") as opened:
                 told = json.loads(opened.metadata()["now"])
                 tensors = {name: opened.get_tensor(name) for name in list(opened.keys())}
-        except (SafetensorError, KeyError, ValueError):
+        except (SafetensorError, KeyError, TypeError, ValueError):
             self.told(f"{self.file}: damaged; begun anew")
             return False
         start, best = (Table.from_json(told.pop(name), str(self.file)) for name in ("start", "best"))

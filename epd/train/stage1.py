@@ -46,6 +46,11 @@ class Task:
     teacher: str
     candidates: int  # designs tried where a start table is fitted
 
+    @property
+    def sequential_calls(self) -> int:
+        """Requests in turn of such a table."""
+        return {"call": 2 * self.intervals, "afs": 2 * self.intervals - 1, "history": self.intervals + 1}[self.start]
+
 
 def distil(options: Namespace) -> None:
     """Carries out `python -m epd.train distill`.
@@ -63,7 +68,8 @@ def distil(options: Namespace) -> None:
         raise RequestError(f"--device {options.device}: torch has none here; give cpu")
     model = load(options.model, options.device, options.recompute)
     order = _order(options, task, model)
-    output = options.output or Path(f"{model.facts.name}-{task.start}-k{task.directions}-{task.intervals}.json")
+    name = f"{model.facts.name}-{task.start}-k{task.directions}-calls{task.sequential_calls}"
+    output = options.output or Path(f"{name}.json")
     png.check_writable(output, ".json")
     if given is not None and given.family not in (None, model.facts.family):
         raise RequestError(f"{options.from_table}: a table of {given.family}, the model is of {model.facts.family}")
@@ -72,7 +78,11 @@ def distil(options: Namespace) -> None:
     try:
         table, told = _distilled(model, order, task, recipe, given, folder)
     except FloatingPointError as error:
-        raise NotFiniteError(f"{model.facts.name}: {error}; give a smaller --rate or guidance scale") from None
+        raise NotFiniteError(f"{model.facts.name}: {error}; give a smaller guidance scale") from None
+    except torch.OutOfMemoryError:
+        raise RequestError(
+            f"--device {options.device} has too little memory; give --recompute or a smaller --batch"
+        ) from None
     table.save(output)
     if options.json:
         print(json.dumps({"table": str(output)} | told))

@@ -62,15 +62,13 @@ class Student(nn.Module):  # type: ignore[misc]
     Raises
     ------
     ValueError
-        An unknown name to freeze, or a bound out of range.
+        An unknown name to freeze.
     """
 
     def __init__(self, table: Table, frozen: Sequence[str] = ("times",), bound: float = 0.05) -> None:
         super().__init__()
         if strangers := sorted(set(frozen) - set(LEARNED)):
             raise ValueError(f"cannot freeze {', '.join(strangers)}; choose from {', '.join(LEARNED)}")
-        if not 0 <= bound < 1:
-            raise ValueError(f"the bound of scales must be in [0, 1), got {bound}")
         self.start_table, self.bound = table, bound
         self._free = table.weights == "free"
         for name in ("times", "r", "w", "scale_dir", "scale_time"):

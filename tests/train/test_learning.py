@@ -144,6 +144,22 @@ def test_it_ends_when_it_gets_no_better_and_gives_the_best(flow, fitted, tmp_pat
     assert [step for _, step, _ in learning.progress.looks] == [0, 1, 2, 3]
 
 
+def test_where_it_diverges_the_best_table_so_far_is_given(flow, fitted, tmp_path):
+    learn, held = flow
+    calls, told = [], []
+
+    def breaking(points):
+        calls.append(1)
+        slopes = flow_slope(points, torch)
+        return slopes * float("inf") if len(calls) > 8 else slopes  # 4 requests a run: in the second step
+
+    broken = replace(learn, slope=lambda images: breaking)
+    learning = Learning(Recipe(steps=9, every=1), fitted, broken, held, tmp_path / "checkpoint", told.append)
+    assert learning.run().to_json() == learning.progress.best.to_json()
+    assert "not finite" in told[-1]
+    assert "best table so far" in told[-1]
+
+
 def test_a_dropped_direction_is_given_by_its_neighbour(fitted):
     table = without(fitted, 1, 0)
     assert table.w[1].tolist() == [0.0, fitted.w[1].sum()]

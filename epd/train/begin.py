@@ -22,7 +22,9 @@ from .teacher import Lesson, on_arrays
 FITTED_TO = (16, 8)  # images, at most: to fit a table to, to choose it by
 
 
-def even(facts: Facts, intervals: int, directions: int, start: str, order: int, midpoint: str | None) -> Table:
+def even(
+    facts: Facts, intervals: int, directions: int, start: str, order: int, midpoint: str | None, weights: str
+) -> Table:
     """`epd.table.start_table` over the model's whole range; points arithmetic on a grid that ends at 0.
 
     Raises
@@ -33,7 +35,8 @@ def even(facts: Facts, intervals: int, directions: int, start: str, order: int, 
     times = curve(facts, intervals, SHIFTS[facts.family][0])
     table = start_table(times, directions)
     try:
-        return replace(table, start=start, order=order, midpoint=midpoint or table.midpoint, grid="even")
+        midpoint = midpoint or table.midpoint
+        return replace(table, start=start, order=order, midpoint=midpoint, weights=weights, grid="even")
     except ValueError as error:
         raise RequestError(f"{error}; give another --midpoint") from None
 

@@ -27,6 +27,7 @@ def add_command(commands: Any) -> None:
         help="begin with this table (default: history: one fitted on the spot; else an even one)",
     )
     command.add_argument("--midpoint", choices=("geometric", "arithmetic"), help="default: by the grid's end")
+    command.add_argument("--weights", choices=("simplex", "free"), help="default: history: free; else simplex")
     command.add_argument("--order", type=int, metavar="P", help="1 (default), or 2 to 4: the plugin on iPNDM")
     command.add_argument("--candidates", type=int, default=12, metavar="D", help="designs tried where it is fitted")
 
@@ -40,14 +41,14 @@ def add_command(commands: Any) -> None:
     command.add_argument("--seed", type=int, default=100_000, metavar="S", help="of the first start noise")
 
     command.add_argument("--loss", choices=("state", "unrolled", "image"), default="unrolled", help="what is compared")
-    command.add_argument("--steps", type=int, default=200, metavar="S", help="of the optimiser, at most")
-    command.add_argument("--batch", type=int, default=8, metavar="B", help="images in a step (default 8)")
+    command.add_argument("--steps", type=int, default=150, metavar="S", help="of the optimiser, at most (default 150)")
+    command.add_argument("--batch", type=int, default=4, metavar="B", help="images in a step (default 4)")
     command.add_argument("--rate", type=float, default=0.05, help="learning rate of positions and scales")
-    command.add_argument("--linear-rate", type=float, default=0.005, help="learning rate of free numbers")
+    command.add_argument("--linear-rate", type=float, default=0.003, help="learning rate of free numbers")
     command.add_argument(
         "--patience", type=int, default=4, metavar="P", help="looks without a better table to end after"
     )
-    command.add_argument("--every", type=int, default=20, metavar="S", help="steps between looks (default 20)")
+    command.add_argument("--every", type=int, default=15, metavar="S", help="steps between looks (default 15)")
     command.add_argument(
         "--freeze", nargs="+", default=[], metavar="NAME", help="of r w scale_dir scale_time place carry"
     )

@@ -29,7 +29,7 @@ from .begin import even, fitted
 from .learning import Learning, Recipe, score
 from .model import Model, load
 from .student import LEARNED
-from .teacher import Lesson, Taught, digest, fine_grid
+from .teacher import REQUESTS, Lesson, Taught, digest, fine_grid
 
 _GROUP = 8  # images whose trajectories are made together
 
@@ -43,6 +43,7 @@ class Task:
     directions: int
     order: int
     midpoint: str | None
+    weights: str
     teacher: str
     candidates: int  # designs tried where a start table is fitted
 
@@ -154,7 +155,7 @@ def _distilled(
 def _start(model: Model, task: Task, learn: Lesson, held: Lesson, folder: Path) -> Table:
     """The table to begin with: fitted where it starts from history, else an even one."""
     if task.start != "history":
-        return even(model.facts, task.intervals, task.directions, task.start, task.order, task.midpoint)
+        return even(model.facts, task.intervals, task.directions, task.start, task.order, task.midpoint, task.weights)
     told = [asdict(task), learn.told, held.told, learn.teacher.times.tolist()]
     file = folder / f"start-{digest(told)}.json"
     if not file.is_file():
@@ -165,7 +166,7 @@ def _start(model: Model, task: Task, learn: Lesson, held: Lesson, folder: Path) 
 
 
 def _teacher_times(model: Model, order: Order, task: Task, given: Table | None) -> Any:
-    steps = order.teacher_calls // 2
+    steps = order.teacher_calls // REQUESTS[task.teacher]
     if given is None:
         return fine_grid(model.facts, steps)
     return fine_grid(model.facts, steps, float(given.times[0]), float(given.times[-1]))
@@ -189,10 +190,11 @@ def _task(options: Namespace, given: Table | None) -> Task:
             ("--start", options.start, given.start),
             ("--midpoint", options.midpoint, given.midpoint),
             ("--order", options.order, given.order),
+            ("--weights", options.weights, given.weights),
         ):
             if asked not in (None, has):
                 raise RequestError(f"{name} {asked}: {options.from_table} has {has}; leave the option out")
-        shape = (given.start, given.steps, given.directions, given.order, given.midpoint)
+        shape = (given.start, given.steps, given.directions, given.order, given.midpoint, given.weights)
         return Task(*shape, options.teacher, 0)
     start, n, k = options.start or "history", options.n or 5, options.k or 2
     order = 1 if options.order is None else options.order
@@ -201,11 +203,13 @@ def _task(options: Namespace, given: Table | None) -> Task:
         (options.k is None or options.k >= 1, f"-k must be 1 or more, got {options.k}"),
         (1 <= order <= 4, f"--order must be from 1 to 4, got {order}"),
         (order == 1 or start != "history", "--order: a start from history has none; leave it out, or --start call"),
+        (options.weights != "simplex" or start != "history", "--weights simplex: from history they are free"),
         (options.midpoint != "geometric" or start != "history", "--midpoint geometric: from history it is arithmetic"),
     ):
         if not holds:
             raise RequestError(text)
-    return Task(start, n, k, order, options.midpoint, options.teacher, options.candidates)
+    weights = options.weights or ("free" if start == "history" else "simplex")
+    return Task(start, n, k, order, options.midpoint, weights, options.teacher, options.candidates)
 
 
 def _recipe(options: Namespace) -> Recipe:

@@ -112,6 +112,7 @@ def test_a_table_is_distilled_and_draws_the_same_picture_without_torch(model, wo
         (["shapes-sd3", "--start", "call", "--order", "5"], "--order must be from 1 to 4"),
         (["shapes-sd3", "--midpoint", "geometric"], "from history it is arithmetic"),
         (["shapes-sd3", "--start", "call", "--midpoint", "geometric", *SMALL], "cannot reach 0"),
+        (["shapes-sd3", "--weights", "simplex"], "from history they are free"),
         (["shapes-sd3", "--start", "afs"], "not for flow matching"),
         (["shapes-sd3", "--freeze", "q"], "--freeze q: choose from r, w"),
         (["shapes-sd3", "--steps", "0"], "steps must be 1 or more"),

@@ -40,6 +40,7 @@ TABLES = {
     "afs": (replace(start_table(EDM, 2), start="afs"), "edm"),
     "plugin": (replace(start_table(EDM, 3), order=3), "edm"),
     "arithmetic": (start_table(FLOW, 2), "flow"),
+    "free": (replace(start_table(FLOW, 2), weights="free"), "flow"),
     "history": (history(FLOW), "flow"),
     "history, simplex": (history(EDM, weights="simplex"), "edm"),
     "history, a point dropped": (None, "flow"),

@@ -43,7 +43,7 @@ def add_command(commands: Any) -> None:
     command.add_argument("--loss", choices=("state", "unrolled", "image"), default="unrolled", help="what is compared")
     command.add_argument("--steps", type=int, default=150, metavar="S", help="of the optimiser, at most (default 150)")
     command.add_argument("--batch", type=int, default=4, metavar="B", help="images in a step (default 4)")
-    command.add_argument("--rate", type=float, default=0.05, help="learning rate of positions and scales")
+    command.add_argument("--rate", type=float, default=0.1, help="learning rate of positions and scales")
     command.add_argument("--linear-rate", type=float, default=0.003, help="learning rate of free numbers")
     command.add_argument(
         "--patience", type=int, default=4, metavar="P", help="looks without a better table to end after"
@@ -52,7 +52,13 @@ def add_command(commands: Any) -> None:
     command.add_argument(
         "--freeze", nargs="+", default=[], metavar="NAME", help="of r w scale_dir scale_time place carry"
     )
-    command.add_argument("--scale-bound", type=float, default=0.05, metavar="S", help="largest change of a scale")
+    command.add_argument(
+        "--scale-bound",
+        type=float,
+        default=0.3,
+        metavar="S",
+        help="largest change of a scale (default 0.3; in the paper 0.05)",
+    )
     command.add_argument("--learn-grid", action="store_true", help="the times between the first and the last, too")
     command.add_argument("--drop", type=float, metavar="DB", help="drop directions that may go for so much, learn on")
 

@@ -48,10 +48,10 @@ class Recipe:
     loss: str = "unrolled"  # of LOSSES: every state | the last one | its picture
     steps: int = 150  # of the optimiser (Adam)
     batch: int = 4  # images in a step
-    rate: float = 0.05  # learning rate of positions, scales, weights on a simplex and times, which are logits
+    rate: float = 0.1  # learning rate of positions, scales, weights on a simplex and times, which are logits
     linear_rate: float = 0.003  # of free numbers, relative to what they weigh
     frozen: tuple[str, ...] = ("times",)  # of student.LEARNED
-    bound: float = 0.05  # largest relative change of a scale
+    bound: float = 0.3  # largest relative change of a scale
     every: int = 15  # steps between two looks at the held-out images
     patience: int = 4  # looks without a better table after which learning ends
     drop: float | None = None  # dB that may be lost where a direction is dropped, before learning on; None: keep all

@@ -2,7 +2,7 @@
 
     r             top sigmoid(.), so that points stay inside their interval
     w             softmax(.) where weights are a simplex, free numbers otherwise
-    scales        the table's own times 1 + bound tanh(.)
+    scales        the table's own times 1 + bound tanh(.); no time is asked for above the first one
     times         the first and the last stay; the intervals between are softmax(.) of the whole
     place, carry  free numbers
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..solve import Points, Slope, solve
 from ..solvers import epd
-from ..table import Table
+from ..table import Table, point_times
 
 LEARNED = ("r", "w", "scale_dir", "scale_time", "place", "carry", "times")
 LINEAR = ("place", "weigh")  # parameters that enter the solver linearly; the others are logits
@@ -98,9 +98,17 @@ class Student(nn.Module):  # type: ignore[misc]
             w, carry = weigh[:, :k], weigh[:, k:] if table.carry is not None else None
         else:
             w, carry = torch.softmax(self.base_w.log() + self._moved("w"), 1), weigh
-        scale_dir, scale_time = self._scale("scale_dir"), self._scale("scale_time")
-        kind = (table.start, table.order, table.midpoint)
-        return Numbers(self._times(), self._positions(), w, scale_dir, scale_time, *kind, place, carry)
+        times, r, scale_dir, scale_time = (
+            self._times(),
+            self._positions(),
+            self._scale("scale_dir"),
+            self.base_scale_time,
+        )
+        if "scale_time" in self.raw:
+            t_k = point_times(table.midpoint, times[:-1, None], times[1:, None], r).clamp(min=1e-9)
+            highest = torch.maximum(scale_time, times[0] / t_k)
+            scale_time = torch.minimum(self._scale("scale_time"), highest)
+        return Numbers(times, r, w, scale_dir, scale_time, table.start, table.order, table.midpoint, place, carry)
 
     def table(self) -> Table:
         """The student's numbers now, with the facts and the provenance of the table it was made of."""

@@ -96,7 +96,7 @@ def test_a_start_by_calls_learns_too_and_its_grid(tmp_path):
     assert (still.times == table.times).all()
     assert (moved.times[[0, -1]] == table.times[[0, -1]]).all()
     assert not np.allclose(moved.times, table.times)
-    assert (abs(still.scale_time - 1) < 0.05).all()
+    assert (abs(still.scale_time - 1) < 0.3).all()
 
 
 class Stopped:

@@ -91,6 +91,19 @@ def test_it_begins_as_its_table_and_numpy_agrees_when_it_has_moved(name):
     assert np.abs(ours[-1] - [*epd.solve(solver_of(table), x, SLOPES[slope])][-1].x).max() > 1e-3
 
 
+def test_no_time_is_asked_above_the_first_one():
+    student = Student(TABLES["arithmetic"][0], frozen=(), bound=0.9)
+    with torch.no_grad():
+        student.raw["scale_time"].fill_(5.0)
+    table = student.table()
+    asked = table.scale_time * epd.table.point_times(
+        "arithmetic", table.times[:-1, None], table.times[1:, None], table.r
+    )
+    assert asked[0] == pytest.approx(1.0)
+    assert asked.max() == pytest.approx(1.0)
+    assert table.scale_time.max() == pytest.approx(1.9, abs=1e-3)
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_gradients_are_those_of_finite_differences(name):
     table, slope = TABLES[name]
@@ -106,6 +119,4 @@ def test_gradients_are_those_of_finite_differences(name):
         return last.x.square().sum()
 
     values = [torch.nn.Parameter(student.raw[key].detach().clone()) for key in names]
-    assert torch.autograd.gradcheck(
-        error, values, eps=1e-6, atol=1e-5, rtol=1e-4, fast_mode=name not in ("call", "history")
-    )
+    assert torch.autograd.gradcheck(error, values, eps=1e-6, atol=1e-5, rtol=1e-4, fast_mode=name != "call")

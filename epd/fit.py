@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .schedule import Floats, decreasing
-from .solve import Points, Slope, solve
+from .solve import Points, Slope, Solver, solve
 from .solvers import dpm2
 from .table import Table, point_times
 
@@ -84,8 +84,8 @@ class Trajectories:
         return np.asarray(x + u * d + u * u * (3 * rise - 2 * d - e) + u**3 * (d + e - 2 * rise))
 
 
-def teach(slope: Slope, x: Array, times: Any) -> Trajectories:
-    """Solves from states x (B, ...) at times[0] by DPM-Solver-2 on a fine grid: 2 requests a step, 1 more at the end.
+def teach(slope: Slope, x: Array, times: Any, method: Callable[[Any], Solver] = dpm2) -> Trajectories:
+    """Solves from states x (B, ...) at times[0] on a fine grid. DPM-Solver-2: 2 requests a step, 1 more at the end.
 
     `times` has M intervals, many more than any student; it may end at 0. States and slopes are kept as float32.
     """
@@ -100,7 +100,7 @@ def teach(slope: Slope, x: Array, times: Any) -> Trajectories:
         return np.asarray(answer)
 
     states = [np.asarray(x, np.float32)]
-    for step in solve(dpm2(grid), x, recording):
+    for step in solve(method(grid), x, recording):
         states.append(step.x.astype(np.float32))
     if grid[-1] > 0:
         recording(Points(step.x[None], grid[-1:]))

@@ -14,7 +14,7 @@ from ..solve import Array, Coroutine, Points
 
 def ask(x: Array, t: float) -> Coroutine:
     """Ask for the slope at one point per image, (B, ...) at time t; returns it, (B, ...)."""
-    slopes = yield Points(x[None], like([t], x))
+    slopes = yield Points(x[None], like(t, x).reshape(1))
     return slopes[0]
 
 
@@ -31,9 +31,9 @@ def like(a: Any, x: Array) -> Array:
     return a if hasattr(a, "new_tensor") else x.new_tensor(a)
 
 
-def floats(times: Any) -> list[float]:
-    """Times as Python floats, unchecked."""
-    return [float(t) for t in times]
+def floats(times: Any) -> list[Any]:
+    """Times as Python floats, unchecked; a tensor's stay tensors, for its gradient."""
+    return list(times) if hasattr(times, "new_tensor") else [float(t) for t in times]
 
 
 def grid(times: Any, flow: bool = False) -> list[float]:

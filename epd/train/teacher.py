@@ -1,0 +1,170 @@
+"""Teacher trajectories: converged solutions of the images that are learned from, kept on disk as they are made.
+
+Knows nothing of students.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from runtime.facts import Facts
+from runtime.judge import curve
+from runtime.noise import randn
+from runtime.order import Group
+
+from ..fit import Trajectories, teach
+from ..schedule import Floats
+from ..solve import Points, Slope, Solver
+from ..solvers import dpm2, heun, unipc
+from ..table import write_whole
+from .model import Model, Slopes
+
+TEACHERS: dict[str, Callable[..., Solver]] = {
+    "dpm2": lambda times, flow: dpm2(times),
+    "heun": lambda times, flow: heun(times),
+    "unipc": lambda times, flow: unipc(times, 3, flow),
+}
+REQUESTS = {"dpm2": 2, "heun": 2, "unipc": 1}  # of one step
+_REFINED = 4  # halvings of the last interval where it ends at 0
+_SHIFT = {"sd3": 2.0, "sd15": 1.0}
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Images to learn from or to be judged by.
+
+    Attributes
+    ----------
+    slope : callable
+        slope(images) is the network over some of the B images, by their indices: a `Slope` on tensors.
+    teacher : Trajectories
+        Of all B, float32 arrays.
+    pictures : callable
+        pictures(x, sigma): states to what is compared, (B, ...) each; see `Model.pictures`.
+    """
+
+    slope: Callable[[Sequence[int]], Slope]
+    teacher: Trajectories
+    pictures: Callable[[Tensor, float], Tensor]
+    device: str = "cpu"
+    told: str = ""  # a name for all that the trajectories depend on
+
+    @property
+    def count(self) -> int:
+        """B."""
+        return int(self.teacher.x.shape[1])
+
+    def states(self, images: Sequence[int], t: float) -> Tensor:
+        """The teacher's states (len(images), ...) float64 at time t."""
+        return torch.from_numpy(self.teacher.at(t)[list(images)].astype(np.float64)).to(self.device)
+
+
+@dataclass(frozen=True)
+class Taught:
+    """Trajectories of groups of images from a teacher's grid, made when first asked for.
+
+    Attributes
+    ----------
+    times : (M + 1,) float64
+        The teacher's grid; students begin and end with it.
+    method : str
+        Of TEACHERS.
+    folder : Path
+        Where trajectories are kept, in a file for every group.
+    """
+
+    model: Model
+    times: Floats
+    method: str
+    folder: Path
+    ticked: Callable[[int], None] = lambda rows: None  # rows of the network done
+
+    def rows(self, groups: Sequence[Group]) -> int:
+        """Rows of the network that their trajectories take."""
+        return sum(group.rows for group in groups) * (REQUESTS[self.method] * (len(self.times) - 1) + 1)
+
+    def lesson(self, groups: Sequence[Group]) -> Lesson:
+        """All images of some groups.
+
+        Raises
+        ------
+        FloatingPointError
+            The model gave NaN or infinity.
+        OSError
+            The folder cannot be written.
+        """
+        prompts = [prompt for group in groups for prompt in group.prompts]
+        whole = self.model.slopes(prompts, [group.guidance for group in groups for _ in group.seeds])
+        parts, names, end = [], [self._file(group).name for group in groups], 0
+        for group in groups:
+            start, end = end, end + len(group.seeds)
+            parts.append(self._taught(group, whole.part(range(start, end))))
+        x, d = (np.concatenate([getattr(part, name) for part in parts], axis=1) for name in ("x", "d"))
+        return Lesson(whole.part, Trajectories(self.times, x, d), self.model.pictures, self.model.device, digest(names))
+
+    def _taught(self, group: Group, slopes: Slopes) -> Trajectories:
+        file = self._file(group)
+        try:
+            with file.open("rb") as opened, np.load(opened) as stored:
+                found = Trajectories(stored["times"], stored["x"], stored["d"])
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # not there, or damaged: made anew
+            first = np.stack([randn(self.model.shape, seed) for seed in group.seeds])
+            flow = self.model.facts.family == "sd3"
+            method = partial(TEACHERS[self.method], flow=flow)
+            found = teach(self._ticking(slopes, group), self.times[0] * first.astype(np.float64), self.times, method)
+            whole = io.BytesIO()
+            np.savez(whole, times=found.times, x=found.x, d=found.d)
+            write_whole(file, whole.getvalue())
+        else:
+            self.ticked(self.rows([group]))
+        return found
+
+    def _file(self, group: Group) -> Path:
+        told = [asdict(group), self.times.tolist(), self.method, self.model.fingerprint()]
+        return self.folder / f"teacher-{digest(told)}.npz"
+
+    def _ticking(self, slopes: Slopes, group: Group) -> Slope:
+        def slope(points: Any) -> Any:
+            answer = on_arrays(slopes, self.model.device)(points)
+            self.ticked(group.rows)
+            return answer
+
+        return slope
+
+
+def on_arrays(slope: Slope, device: str) -> Slope:
+    """A slope function on tensors as one on arrays, without gradients: what `epd.fit` takes."""
+
+    def arrays(points: Points) -> Any:
+        x, t = (torch.as_tensor(np.asarray(a, np.float64), device=device) for a in points)
+        with torch.no_grad():
+            return slope(Points(x, t)).cpu().numpy()
+
+    return arrays
+
+
+def fine_grid(facts: Facts, steps: int, first: float | None = None, last: float | None = None) -> Floats:
+    """About `steps` intervals over the whole range of a model, or from `first` to `last`; shorter towards a last 0."""
+    grid = np.array(curve(facts, max(2, steps - _REFINED), _SHIFT[facts.family]))
+    if grid[-1] == 0:
+        grid = np.concatenate([grid[:-1], grid[-2] / 2.0 ** np.arange(1, _REFINED + 1), [0.0]])
+    first, last = grid[0] if first is None else first, grid[-1] if last is None else last
+    inner = grid[(grid < first * (1 - 1e-9)) & (grid > last * (1 + 1e-9))]
+    return np.concatenate([[first], inner, [last]])
+
+
+def digest(told: Any) -> str:
+    """A name for something that depends on all this."""
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:24]

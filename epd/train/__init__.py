@@ -1,0 +1,1 @@
+"""Training of tables, with torch: distillation (stage 1) and residual Dirichlet policy optimisation (stage 2)."""

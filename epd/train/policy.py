@@ -137,7 +137,7 @@ class Policy(nn.Module):
     table : Table
         Any start; with weights that are not on the simplex only positions (and scales) are learned.
     concentration : float
-        kappa: the sum of the concentrations at the start. A number with mean m has the variance m (1 - m) / (kappa + 1).
+        kappa, the sum of concentrations at the start: a number with mean m has the variance m (1 - m) / (kappa + 1).
     scales : float
         Standard deviation of the logarithms of scale_dir and scale_time; 0: they are not learned (the authors found
         that learning them under a reward over-saturates pictures).

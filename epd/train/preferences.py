@@ -1,0 +1,1 @@
+LOADERS = {"clip": None}

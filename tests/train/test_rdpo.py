@@ -29,9 +29,7 @@ def test_an_advantage_is_a_reward_minus_the_mean_of_the_others():
     found = advantages(given)
     np.testing.assert_allclose(found, plain / math.sqrt((9 + 2.25 + 20.25) / 6))
     np.testing.assert_allclose(found.sum(1), 0, atol=1e-12)
-    np.testing.assert_allclose(
-        advantages(given + np.array([[100.0], [-7.0]])), found
-    )  # the prompt
+    np.testing.assert_allclose(advantages(given + np.array([[100.0], [-7.0]])), found)  # the prompt
     np.testing.assert_array_equal(advantages(np.full((2, 3), 0.1)), np.zeros((2, 3)))
 
 

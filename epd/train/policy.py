@@ -82,7 +82,7 @@ class Distribution:
             share = _share(torch.from_numpy(gamma), simplex).clamp_min(SMALLEST)
             drawn.append(torch.where(simplex.free, _share(share, simplex), simplex.mean))
         noise = torch.from_numpy(rng.standard_normal((count, *self.scales.shape)))
-        return Draw(*drawn, self.scales.detach() + self.spread * noise)
+        return Draw(drawn[0], drawn[1], self.scales.detach() + self.spread * noise)
 
     def log_prob(self, draw: Draw) -> Tensor:
         """Log-density of what was drawn, for each table and interval: (G, N)."""
@@ -120,7 +120,7 @@ class Distribution:
     def _one(self, shares: list[Tensor], shift: float) -> Draw:
         """`shift`: of a log-normal's logarithm, from its median."""
         found = [torch.where(s.free, x, s.mean)[None] for x, s in zip(shares, self.given, strict=True)]
-        return Draw(*found, (self.scales.detach() + shift)[None])
+        return Draw(found[0], found[1], (self.scales.detach() + shift)[None])
 
 
 def _share(value: Tensor, simplex: Simplex) -> Tensor:
@@ -129,7 +129,7 @@ def _share(value: Tensor, simplex: Simplex) -> Tensor:
     return free / free.sum(-1, keepdim=True).clamp_min(1e-300)
 
 
-class Policy(nn.Module):
+class Policy(nn.Module):  # type: ignore[misc]
     """The residual network over a table; `policy()` is its distribution.
 
     Parameters
@@ -176,7 +176,7 @@ class Policy(nn.Module):
         ]
         log = np.log(np.concatenate([self.table.scale_dir, self.table.scale_time], 1))[:, : self.sizes[2]]
         location = torch.from_numpy(log) - self.spread**2 / 2 + residual[2]  # the mean of exp is the table's
-        return Distribution(*heads, location, self.spread, self.given)
+        return Distribution(heads[0], heads[1], location, self.spread, self.given)
 
     def tables(self, draw: Draw) -> list[Table]:
         """What was drawn, as tables in the given one's order of points, (G)."""

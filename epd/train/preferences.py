@@ -142,7 +142,7 @@ class _Clip:
         self._tokens = model.config.text_config.max_position_embeddings
         self._side = model.config.vision_config.image_size
 
-    @torch.inference_mode()
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
     def __call__(self, shot: Shot) -> Array:
         told = self._tokenizer(
             [shot.prompt], padding="max_length", truncation=True, max_length=self._tokens, return_tensors="pt"
@@ -188,7 +188,7 @@ class _ImageReward:
         _fill(self._text, _under(state, "blip.text_encoder."), file)
         _fill(self._head, _under(state, "mlp.layers."), file)
 
-    @torch.inference_mode()
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
     def __call__(self, shot: Shot) -> Array:
         told = self._tokenizer(
             [shot.prompt] * len(shot.pictures),
@@ -216,7 +216,7 @@ def seen(pictures: NDArray[np.float32], side: int) -> Tensor:
         image = image.resize((max(side, int(width * scale)), max(side, int(height * scale))), Image.Resampling.BICUBIC)
         left, top = round((image.width - side) / 2), round((image.height - side) / 2)
         found.append(np.asarray(image.crop((left, top, left + side, top + side)), np.float32) / 255)
-    normal = (np.stack(found) - np.float32(MEAN)) / np.float32(STD)
+    normal = (np.stack(found) - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
     return torch.from_numpy(normal.transpose(0, 3, 1, 2).copy())
 
 

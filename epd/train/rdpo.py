@@ -22,7 +22,9 @@ from epd.table import write_whole
 from runtime.errors import RequestError
 from runtime.interval import interval
 
-from .optimise import Settings, Training, read_log
+from .cluster import connected, spread
+from .optimise import Score, Training, read_log
+from .ppo import Settings
 from .rollout import Recipe, Stage
 
 
@@ -75,8 +77,14 @@ def add_command(commands: Any) -> None:
     command.add_argument("--export", choices=("mean", "mode"), default=default.export, help="of the policy")
     command.add_argument("--reference-calls", type=int, default=60, metavar="N", help="of psnr's converged pictures")
     command.add_argument("--abreast", type=int, default=0, metavar="N", help="tables in one batch at most, for memory")
-    command.add_argument("--threads", type=int, default=0, metavar="N", help="of ONNX Runtime (default: its choice)")
-    command.add_argument("--provider", default="cpu", metavar="NAME", help="ONNX Runtime execution provider")
+    command.add_argument(
+        "--threads", type=int, default=0, metavar="N", help="of a rollout (default: all; with --ray 1)"
+    )
+    command.add_argument("--ray", metavar="ADDRESS", help="rollouts on a Ray cluster, or local: on all cores here")
+    command.add_argument(
+        "--backend", choices=("onnx", "torch"), default="onnx", help="torch: MODEL is a checkpoint's folder"
+    )
+    command.add_argument("--provider", default="cpu", metavar="NAME", help="execution provider, or torch's device")
     command.add_argument("--provider-option", action="append", default=[], metavar="KEY=VALUE", help="may be repeated")
     command.add_argument("--json", action="store_true", help="print one object on stdout")
 
@@ -102,9 +110,9 @@ def _run(options: argparse.Namespace) -> None:
     prompts = read_prompts(options.prompts, stage, settings.seed)
     parts = stage.rewards
     parts.check(prompts, stage.network.size)
-    origin = json.dumps([stage.network.identity(), asdict(recipe)])
+    origin = json.dumps([stage.network.identity(), recipe.identity()])
     training = Training(
-        table, prompts, lambda rollouts: map(stage, rollouts), parts.names, parts.weights, settings, work, origin
+        table, prompts, _score(options.ray, recipe, stage), parts.names, parts.weights, settings, work, origin
     )
     found = replace(
         _trained(training, settings.iterations),
@@ -119,11 +127,20 @@ def _run(options: argparse.Namespace) -> None:
     _report(options, output, work, training)
 
 
+def _score(address: str | None, recipe: Recipe, stage: Stage) -> Score:
+    """Rollouts here, or on a cluster."""
+    if address is None:
+        return lambda rollouts: map(stage, rollouts)
+    connected(address)
+    return lambda rollouts: spread(recipe, rollouts, address)
+
+
 def _recipe(options: argparse.Namespace, table: epd.Table) -> Recipe:
     return Recipe(
         model=options.model,
         reward=options.reward,
         reward_models=_pairs("--reward-model", options.reward_model),
+        backend=options.backend,
         provider=options.provider,
         provider_options=_pairs("--provider-option", options.provider_option),
         guidance=table.guidance if options.guidance_scale is None else options.guidance_scale,

@@ -134,12 +134,12 @@ def _load(name: str, path: Path | None) -> Reward:
 def _own(name: str) -> Reward:
     module, _, function = name.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), function, None)
+        found: Reward | None = getattr(importlib.import_module(module), function, None)
     except ImportError as error:
         raise RequestError(f"the reward {name}: {error}") from None
     if not callable(found):
         raise RequestError(f"the reward {name}: {module} has no such function")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def shapes(shot: Shot) -> Array:

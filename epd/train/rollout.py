@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -77,19 +77,41 @@ class Onnx:
         return f"{self._pipe.identity()} on {self._pipe.provider}"
 
 
+class Torch:
+    """A diffusers checkpoint in torch, fp32."""
+
+    def __init__(self, model: Any, guidance: float | None) -> None:
+        self._model, self.facts, self.size = model, model.facts, model.size
+        self.guidance = model.facts.defaults.guidance if guidance is None else guidance
+
+    def slope(self, prompt: str) -> Slope:
+        return self._model.slopes([prompt], [self.guidance]).numpy  # type: ignore[no-any-return]
+
+    def decode(self, latents: NDArray[np.float64]) -> NDArray[np.float32]:
+        import torch
+
+        with torch.inference_mode():
+            pictures = self._model.pictures(torch.as_tensor(latents, device=self._model.device), 0.0)
+        return pictures.permute(0, 2, 3, 1).cpu().numpy()  # type: ignore[no-any-return]
+
+    def identity(self) -> str:
+        return f"{self._model.fingerprint()} in torch"
+
+
 @dataclass(frozen=True)
 class Recipe:
     """All that rollouts need to start, in this process or in another; text and numbers only."""
 
-    model: str  # a bundle's folder, or the name of a shipped one
+    model: str  # a bundle's folder, or the name of a shipped one; torch: a checkpoint's folder, or the name of one
     reward: str  # a mix, see `rewards`
     reward_models: tuple[tuple[str, str], ...] = ()  # reward, path of its weights
+    backend: str = "onnx"  # onnx | torch
     provider: str = "cpu"
     provider_options: tuple[tuple[str, str], ...] = ()
     guidance: float | None = None  # None: the model's own
     reference_calls: int = 60  # of a converged picture
     abreast: int = 0  # tables in one batch of the network at most; 0: all of a rollout
-    threads: int = 0  # of ONNX Runtime; 0: its own choice
+    threads: int = 0  # of a rollout; 0: the library's own choice
 
     def open(self) -> Stage:
         """Loads the model and the rewards.
@@ -98,6 +120,15 @@ class Recipe:
         ------
         BundleError, ProviderError, RequestError
         """
+        parts = rewards.load(self.reward, {name: Path(path) for name, path in self.reward_models})
+        network = self._torch() if self.backend == "torch" else self._onnx()
+        return Stage(network, parts, self.reference_calls, self.abreast)
+
+    def identity(self) -> dict[str, Any]:
+        """What the numbers of a rollout depend on, beside the model's weights."""
+        return {name: value for name, value in asdict(self).items() if name not in ("model", "abreast", "threads")}
+
+    def _onnx(self) -> Network:
         from runtime.ort import onnxruntime
         from runtime.pipeline import Pipeline
 
@@ -108,8 +139,16 @@ class Recipe:
         pipe = Pipeline.from_pretrained(
             self.model, provider=self.provider, provider_options=dict(self.provider_options), session_options=options
         )
-        parts = rewards.load(self.reward, {name: Path(path) for name, path in self.reward_models})
-        return Stage(Onnx(pipe, self.guidance), parts, self.reference_calls, self.abreast)
+        return Onnx(pipe, self.guidance)
+
+    def _torch(self) -> Network:
+        import torch
+
+        from . import model
+
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        return Torch(model.load(self.model, self.provider), self.guidance)
 
 
 class Stage:
@@ -131,7 +170,8 @@ class Stage:
         """Every reward of every table: (G, parts)."""
 
         def reference() -> NDArray[np.float32]:
-            return self.network.decode(self._reference(rollout.prompt, rollout.seed))[0]
+            picture: NDArray[np.float32] = self.network.decode(self._reference(rollout.prompt, rollout.seed))[0]
+            return picture
 
         return self.rewards(rewards.Shot(rollout.prompt, self.pictures(rollout), reference))
 

@@ -12,7 +12,8 @@ import torch
 import epd
 from epd.train import rdpo, rewards
 from epd.train.__main__ import main
-from epd.train.optimise import CHECKPOINT, Settings, Training, advantages, read_log, surrogate
+from epd.train.optimise import CHECKPOINT, Training, read_log
+from epd.train.ppo import Settings, advantages, surrogate
 from epd.train.rollout import Onnx, Rollout, Stage
 from runtime.errors import RequestError
 from runtime.pipeline import Pipeline

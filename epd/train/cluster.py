@@ -8,12 +8,14 @@ by another. Knows nothing of what the tasks are.
 from __future__ import annotations
 
 import functools
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from runtime.errors import RequestError
 
 RETRIES = 5  # of one task whose worker died
+CONNECT_SECONDS = 10.0
 
 
 class Job(Protocol):
@@ -71,11 +73,19 @@ def connected(address: str) -> Any:
     if not ray.is_initialized():
         where = {"include_dashboard": False} if address == "local" else {"address": address}
         try:
+            _reach(address)
             ray.init(log_to_driver=False, logging_level="error", **where)
-        except (ConnectionError, ValueError, OSError, RuntimeError) as error:
+        except (ValueError, OSError, RuntimeError) as error:
             told = " ".join(str(error).split())
             raise RequestError(f"--ray {address}: no cluster is reached there ({told:.150})") from None
     return ray
+
+
+def _reach(address: str) -> None:
+    """OSError at once where nothing listens at HOST:PORT: Ray itself tries for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
 
 
 def _answer(job: Job, task: Any) -> Any:

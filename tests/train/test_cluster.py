@@ -62,7 +62,7 @@ def test_a_task_whose_worker_was_killed_is_done_again(tmp_path):
 def test_an_error_of_a_task_is_raised_as_it_is(tmp_path):
     answers = spread(Squares(str(tmp_path), wrong=3), range(6), "local")
     assert [next(answers) for _ in range(3)] == [0, 1, 4]
-    with pytest.raises(RequestError, match="^3 is wrong$"):
+    with pytest.raises(RequestError, match=r"^3 is wrong$"):
         next(answers)
 
 

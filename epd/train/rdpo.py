@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -93,6 +94,7 @@ def _run(options: argparse.Namespace) -> None:
     from runtime.png import check_writable
     from runtime.tables import find_table, load_table
 
+    logging.getLogger().handlers[0].addFilter(_Once())
     settings = Settings(**{name: getattr(options, name) for name in asdict(Settings())})
     settings.check()
     source = find_table(options.table)
@@ -125,6 +127,19 @@ def _run(options: argparse.Namespace) -> None:
     if options.plot is not None:
         plot(read_log(work), options.plot)
     _report(options, output, work, training)
+
+
+class _Once(logging.Filter):
+    """A warning that comes with every rollout of a prompt is told once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        known = (line := record.getMessage()) in self._told
+        self._told.add(line)
+        return not known
 
 
 def _score(address: str | None, recipe: Recipe, stage: Stage) -> Score:

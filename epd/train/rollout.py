@@ -8,6 +8,7 @@ Runtime (any provider and precision that bundles run on) or on torch.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,10 +23,11 @@ from runtime.errors import NotFiniteError
 from runtime.facts import Facts
 from runtime.judge import curve
 from runtime.noise import randn
-from runtime.tables import check_table
+from runtime.tables import check_table, differences
 
 from . import rewards
 
+log = logging.getLogger(__name__)
 REFERENCES = 256  # converged latents kept: those of the validation prompts come again and again
 
 
@@ -163,8 +165,11 @@ class Stage:
         self._reference = functools.lru_cache(REFERENCES)(self._converged)
 
     def check(self, table: epd.Table) -> None:
-        """RequestError where a table cannot draw with this model."""
-        check_table(self.network.facts, table, "the table", None)
+        """RequestError where a table cannot draw with this model; a warning where it was made for something else."""
+        network = self.network
+        check_table(network.facts, table, "the table", None)
+        if other := differences(network.facts, table, network.guidance, None, network.size):
+            log.warning("the table was made for %s", ", ".join(other))
 
     def __call__(self, rollout: Rollout) -> NDArray[np.float64]:
         """Every reward of every table: (G, parts)."""

@@ -14,7 +14,7 @@ from epd.train import rdpo, rewards
 from epd.train.__main__ import main
 from epd.train.optimise import CHECKPOINT, Training, read_log
 from epd.train.ppo import Settings, advantages, surrogate
-from epd.train.rollout import Onnx, Rollout, Stage
+from epd.train.rollout import Onnx, Rollout, Stage, Torch
 from runtime.errors import RequestError
 from runtime.pipeline import Pipeline
 from tests.runtime import tiny_bundle
@@ -213,6 +213,21 @@ def test_equal_tables_are_worth_the_same_whatever_they_run_beside(bundles):
     assert whole(Rollout("a red x", 6, (table,)))[0, 0] != four[0]
 
 
+def test_torch_and_onnx_runtime_draw_the_same():
+    model = pytest.importorskip("epd.train.model")
+    table = epd.start_table(grid("sd3"), 2)
+    networks = Onnx(Pipeline.from_pretrained("shapes-sd3"), 3.0), Torch(model.load("shapes-sd3"), 3.0)
+    stages = [Stage(network, rewards.load("shapes,psnr", {}), reference_calls=12) for network in networks]
+    asked = Rollout(
+        "a large red circle in the centre on a white background", 5, (table, replace(table, r=table.r * 0.8))
+    )
+    one, other = (stage.pictures(asked) for stage in stages)
+    np.testing.assert_allclose(one, other, atol=2e-3)
+    assert np.abs(one[0] - one[1]).max() > 0.1
+    one, other = (stage(asked) for stage in stages)
+    np.testing.assert_allclose(one, other, atol=5e-3)
+
+
 def test_a_history_table_of_the_closest_kind_runs(bundles):
     n = 3
     table = epd.Table(
@@ -220,6 +235,22 @@ def test_a_history_table_of_the_closest_kind_runs(bundles):
         place=np.tile([1.0], (n, 2, 1)),
     )  # fmt: skip
     assert np.isfinite(stage(bundles["sd3"])(Rollout("a red x", 1, (table,)))).all()
+
+
+def test_a_warning_is_told_once(tmp_path, bundles, capsys):
+    long = "\n".join(f"a red {letter} and so on and so on and so on" for letter in "abcd")
+    assert (
+        command(
+            tmp_path,
+            bundles["sd3"],
+            prompts=long,
+            table=epd.Table(**{**vars(epd.start_table(grid("sd3"), 2)), "guidance": 9.0, "size": (64, 64)}),
+        )
+        == 0
+    )
+    told = capsys.readouterr().err.splitlines()
+    assert sum("the prompt is cut" in line for line in told) <= 1
+    assert sum(line.startswith("the table was made for") for line in told) == 1
 
 
 def command(tmp_path, bundle, *more, prompts=None, table=None):

@@ -12,7 +12,8 @@ import io
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -94,7 +95,6 @@ def _run(options: argparse.Namespace) -> None:
     from runtime.png import check_writable
     from runtime.tables import find_table, load_table
 
-    logging.getLogger().handlers[0].addFilter(_Once())
     settings = Settings(**{name: getattr(options, name) for name in asdict(Settings())})
     settings.check()
     source = find_table(options.table)
@@ -129,17 +129,21 @@ def _run(options: argparse.Namespace) -> None:
     _report(options, output, work, training)
 
 
-class _Once(logging.Filter):
-    """A warning that comes with every rollout of a prompt is told once."""
+@contextmanager
+def _told_once(name: str) -> Iterator[None]:
+    """A logger's warnings that come with every rollout of a prompt are told once."""
+    logger, told = logging.getLogger(name), set()
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._told: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        known = (line := record.getMessage()) in self._told
-        self._told.add(line)
+    def new(record: logging.LogRecord) -> bool:
+        known = (line := record.getMessage()) in told
+        told.add(line)
         return not known
+
+    logger.addFilter(new)
+    try:
+        yield
+    finally:
+        logger.removeFilter(new)
 
 
 def _score(address: str | None, recipe: Recipe, stage: Stage) -> Score:
@@ -175,7 +179,7 @@ def _pairs(option: str, texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
 def _trained(training: Training, iterations: int) -> epd.Table:
     from tqdm import tqdm
 
-    with tqdm(total=iterations, unit="iteration", disable=None, leave=False) as bar:
+    with _told_once("runtime.text"), tqdm(total=iterations, unit="iteration", disable=None, leave=False) as bar:
 
         def told(line: str) -> None:
             bar.write(line, file=sys.stderr)

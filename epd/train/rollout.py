@@ -87,7 +87,17 @@ class Torch:
         self.guidance = model.facts.defaults.guidance if guidance is None else guidance
 
     def slope(self, prompt: str) -> Slope:
-        return self._model.slopes([prompt], [self.guidance]).numpy  # type: ignore[no-any-return]
+        import torch
+
+        told, device = self._model.slopes([prompt], [self.guidance]), self._model.device
+
+        def slope(points: epd.Points) -> NDArray[np.float64]:
+            with torch.inference_mode():
+                answer = told(epd.Points(*(torch.as_tensor(a, device=device) for a in points)))
+            found: NDArray[np.float64] = answer.cpu().numpy()
+            return found
+
+        return slope
 
     def decode(self, latents: NDArray[np.float64]) -> NDArray[np.float32]:
         import torch

@@ -39,8 +39,9 @@ from runtime.errors import RequestError
 from runtime.interval import interval
 
 from .policy import Distribution, Draw, Policy
-from .ppo import Settings, advantages, surrogate
+from .ppo import advantages, surrogate
 from .rollout import Rollout
+from .settings import Settings
 
 Array = NDArray[np.float64]
 Score = Callable[[Sequence[Rollout]], Iterable[Array]]  # every rollout's rewards, (G, parts) each, in order

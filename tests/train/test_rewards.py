@@ -20,7 +20,7 @@ from shapes.captions import parse, training_scenes
 from shapes.models import write_tokenizer
 from shapes.render import render
 
-SCENES = training_scenes(24, 3)
+SCENES = training_scenes(10, 3)
 
 
 def pixels(picture):

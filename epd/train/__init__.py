@@ -1,4 +1,4 @@
-"""Training of solver tables, with torch: stage 1, distillation from converged trajectories (`python -m epd.train`).
+"""Training of tables, with torch: distillation (stage 1) and residual Dirichlet policy optimisation (stage 2).
 
-What it learns is a `Table`; what it learns through is the coroutine `epd.solvers.epd` itself, on tensors.
+What is learned is a `Table`; what it is learned through is the coroutine `epd.solvers.epd` itself.
 """

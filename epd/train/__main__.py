@@ -1,4 +1,4 @@
-"""python -m epd.train distill"""
+"""python -m epd.train distill|rdpo"""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import argparse
 
 from runtime.__main__ import carried_out, leave, own_stdout
 
-from . import distill
+from . import distill, rdpo
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; 0, 2 for a user's mistake (one line on stderr), 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m epd.train", description="Train solver tables (needs torch).")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    distill.add_command(commands)
+    for module in (distill, rdpo):
+        module.add_command(commands)
     return carried_out(parser.parse_args(arguments))
 
 

@@ -1,0 +1,98 @@
+"""Many independent tasks, carried out here or on a Ray cluster: the same code, the same numbers, in the same order.
+
+A job says how to get ready (load a model) and is told one task at a time. What a task's answer is must depend on the
+job and the task alone; then one worker and many give the same, and a task that a worker died with is simply done again
+by another. Knows nothing of what the tasks are.
+"""
+
+from __future__ import annotations
+
+import functools
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+from runtime.errors import RequestError
+
+RETRIES = 5  # of one task whose worker died
+CONNECT_SECONDS = 10.0
+
+
+class Job(Protocol):
+    """A frozen dataclass of text and numbers: it travels to the workers, and workers know it again."""
+
+    @property
+    def threads(self) -> int:
+        """Cores that a task takes; 0: one on a cluster."""
+        ...
+
+    def open(self) -> Callable[[Any], Any]:
+        """Gets ready; what is called with each task."""
+        ...
+
+    def __hash__(self) -> int: ...
+
+
+def spread(job: Job, tasks: Sequence[Any], address: str) -> Iterator[Any]:
+    """The answers to all tasks, in their order, from the workers of a Ray cluster.
+
+    Parameters
+    ----------
+    address : str
+        "local": one is started on this machine, on all its cores, and ends with this process. Else of a running one:
+        HOST:PORT, ray://HOST:PORT or auto; this package must be installed on its machines.
+
+    Raises
+    ------
+    RequestError
+        Ray is not installed or not reached, or workers died again and again. Errors of a task are raised as they are.
+    """
+    ray = connected(address)
+    answer = ray.remote(num_cpus=job.threads or 1, max_retries=RETRIES)(_answer)
+    known = ray.put(job)
+    waiting = [answer.remote(known, task) for task in tasks]
+    try:
+        for one in waiting:
+            yield ray.get(one)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayError as error:
+        told = " ".join(str(error).split())
+        raise RequestError(f"--ray {address}: {told:.200}; the same command goes on") from None
+    finally:
+        for one in waiting:
+            ray.cancel(one)
+
+
+def connected(address: str) -> Any:
+    """The module ray, once it is connected; RequestError where it cannot be."""
+    try:
+        import ray
+    except ImportError:
+        raise RequestError("--ray needs Ray; install the extra: pip install 'epd-toolkit[ray]'") from None
+    if not ray.is_initialized():
+        where = {"include_dashboard": False} if address == "local" else {"address": address}
+        try:
+            _reach(address)
+            ray.init(log_to_driver=False, logging_level="error", **where)
+        except (ValueError, OSError, RuntimeError) as error:
+            told = " ".join(str(error).split())
+            raise RequestError(f"--ray {address}: no cluster is reached there ({told:.150})") from None
+    return ray
+
+
+def _reach(address: str) -> None:
+    """OSError at once where nothing listens at HOST:PORT: Ray itself tries for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+
+
+def _answer(job: Job, task: Any) -> Any:
+    return _opened(job)(task)
+
+
+@functools.lru_cache(1)
+def _opened(job: Job) -> Callable[[Any], Any]:
+    """A worker loads a model once, not once a task."""
+    return job.open()

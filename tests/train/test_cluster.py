@@ -1,0 +1,89 @@
+"""Ray: the same numbers as here, also when a worker is killed. In an environment that has Ray."""
+
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import epd
+from epd.train.__main__ import main
+from epd.train.cluster import spread
+from epd.train.optimise import read_log
+from runtime.errors import RequestError
+from tests.runtime import tiny_bundle
+
+ray = pytest.importorskip("ray", reason="the extra ray is not installed")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning")]
+
+
+@dataclass(frozen=True)
+class Squares:
+    """Tasks are numbers; the worker that is told `deadly` dies, the first time."""
+
+    folder: str
+    deadly: int = -1
+    wrong: int = -1
+    threads: int = 1
+
+    def open(self):
+        Path(self.folder, f"opened-{os.getpid()}").touch()
+        return self.answer
+
+    def answer(self, number):
+        if number == self.deadly and not Path(self.folder, "died").exists():
+            Path(self.folder, "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if number == self.wrong:
+            raise RequestError(f"{number} is wrong")
+        return number * number
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    yield
+    ray.shutdown()
+
+
+def test_answers_come_in_order_from_workers_that_get_ready_once(tmp_path):
+    assert list(spread(Squares(str(tmp_path)), range(40), "local")) == [n * n for n in range(40)]
+    workers = list(tmp_path.glob("opened-*"))
+    assert 1 <= len(workers) < 20
+    assert f"opened-{os.getpid()}" not in [worker.name for worker in workers]
+
+
+def test_a_task_whose_worker_was_killed_is_done_again(tmp_path):
+    assert list(spread(Squares(str(tmp_path), deadly=7), range(12), "local")) == [n * n for n in range(12)]
+    assert (tmp_path / "died").exists()
+
+
+def test_an_error_of_a_task_is_raised_as_it_is(tmp_path):
+    answers = spread(Squares(str(tmp_path), wrong=3), range(6), "local")
+    assert [next(answers) for _ in range(3)] == [0, 1, 4]
+    with pytest.raises(RequestError, match=r"^3 is wrong$"):
+        next(answers)
+
+
+def test_a_training_on_a_cluster_is_the_one_here(tmp_path):
+    bundle = tiny_bundle.bundle(tmp_path / "bundle", "sd3", size=32)
+    epd.start_table(epd.schedule.flow(3), 2).save(tmp_path / "start.json")
+    (tmp_path / "prompts.txt").write_text("\n".join(f"a red {c}" for c in "abcdefghijkl"), encoding="utf-8")
+    for name, more in (("here", []), ("there", ["--ray", "local"])):
+        options = ["--table", tmp_path / "start.json", "--prompts", tmp_path / "prompts.txt", "--reward", "psnr"]
+        options += ["--iterations", 2, "--every", 1, "--batch", 4, "--group", 3, "--validation", 3]
+        options += ["-o", tmp_path / f"{name}.json", *more]
+        assert main([str(one) for one in ["rdpo", bundle, *options]]) == 0
+    here, there = (epd.Table.load(tmp_path / f"{name}.json") for name in ("here", "there"))
+    np.testing.assert_array_equal(here.r, there.r)
+    np.testing.assert_array_equal(here.w, there.w)
+    logs = [[{**line, "seconds": 0} for line in read_log(tmp_path / name)] for name in ("here", "there")]
+    assert logs[0] == logs[1]
+
+
+def test_a_cluster_that_is_not_there_is_told(tmp_path):
+    ray.shutdown()
+    with pytest.raises(RequestError, match="no cluster is reached there") as error:
+        list(spread(Squares(str(tmp_path)), range(2), "127.0.0.1:1"))
+    assert "\n" not in str(error.value)

@@ -59,7 +59,7 @@ class Estimate:
 
 
 class Bootstrap:
-    """DRAWS resamples of P prompts, the same for everything that is estimated; prompt p has images p * S .. p * S + S - 1."""
+    """DRAWS resamples of P prompts, the same for all estimates; prompt p has images p * S to p * S + S - 1."""
 
     def __init__(self, prompts: int, seeds: int = 1, draws: int = DRAWS, seed: int = SEED) -> None:
         rng = np.random.default_rng(seed)

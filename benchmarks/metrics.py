@@ -1,4 +1,4 @@
-"""What is measured of pictures, and how: `METRICS`, and `Judge`, which takes them. Weights of networks come from files."""
+"""What is measured of pictures: `METRICS`, and `Judge`, which takes them. Weights of networks come from files."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Networks that judge pictures, their weights from files: LPIPS, Inception features, rewards. Needs torch.
 
-    LPIPS        torchmetrics (extra `quality`); the file: torchvision's alexnet or vgg16, e.g. alexnet-owt-7be5be79.pth;
+    LPIPS        torchmetrics (extra `quality`); file: torchvision's alexnet or vgg16, alexnet-owt-7be5be79.pth say;
                  its linear layers come with torchmetrics
     Inception    torch-fidelity (extra `quality`); the file: its own weights-inception-2015-12-05-6726825d.pth
     rewards      epd.train.rewards (extra `train`), by name

@@ -8,7 +8,7 @@ checkpoint (flow matching: Euler and Heun their own, the others `use_flow_sigmas
 Distances (PSNR of the decoded pictures in [0, 1], LPIPS, latents) are to a converged reference, which two solvers on
 a fine grid have to agree on: the model's own, or a --teacher's. Solvers that add noise have none and are left out.
 Where the prompts are captions of the closed world, the share of pictures is told that show what their caption says, and
-the Frechet distance to renderings of the captions. Intervals are of 95 %, by resampling prompts; differences are paired.
+the Frechet distance to renderings of the captions. Intervals are of 95 %, by resampling prompts, differences paired.
 
 SD1.5: DDIM's `leading` steps begin below the first time, and at sqrt(1 + sigma^2) times the noise in place of sigma,
 which alone bounds the PSNR of all solvers on that grid, the untrained start tables and those parallel in time included:

@@ -64,16 +64,16 @@ def markdown(quality: Quality) -> str:
 def _told(quality: Quality) -> str:
     images = f"{quality.prompts} prompts, {quality.seeds} start noise{'s' * (quality.seeds > 1)} each"
     text = (
-        f"{images}, guidance {quality.guidance:g}, {quality.precision} on {quality.provider}. Means with 95 % intervals "
-        "by resampling prompts; differences are paired, bold where their interval does not hold 0. Work and seconds are "
-        f"those of one image alone, from prompt to picture ({quality.seconds_from}). "
+        f"{images}, guidance {quality.guidance:g}, {quality.precision} on {quality.provider}. Means with 95 % "
+        "intervals by resampling prompts; differences are paired, bold where their interval does not hold 0. Work and "
+        f"seconds are those of one image alone, from prompt to picture ({quality.seconds_from}). "
     )
     if quality.agreement_db is not None:
         agreement = quality.agreement_db
         text += (
-            f"Distances are to converged pictures: the references, {quality.references[0]} and {quality.references[1]}, "
-            f"agree to {agreement.mean:.1f} dB (95 %: above {agreement.low:.1f}). Left out, for they add noise and have "
-            f"no reference: {', '.join(quality.left_out) or 'none'}. "
+            f"Distances are to converged pictures: the references, {' and '.join(quality.references)}, agree to "
+            f"{agreement.mean:.1f} dB (95 %: above {agreement.low:.1f}). Left out, for they add noise and have no "
+            f"reference: {', '.join(quality.left_out) or 'none'}. "
         )
     if any(metric(name).features for row in quality.rows for name in row.figures):
         text += f"Frechet distances are to {quality.frechet_to}. "

@@ -1,7 +1,7 @@
 """What a drawing takes on a device, from what its calls take: the requests of a solver, in rows, times their costs.
 
-The costs are one sitting of a profile (`runtime.profiles`): calls of several row counts, calls at once, and the two ends
-of a drawing, encoding and decoding. Loading and compiling are no part of it. Knows nothing of quality.
+The costs are one sitting of a profile (`runtime.profiles`): calls of several row counts, calls at once, and the two
+ends of a drawing, encoding and decoding. Loading and compiling are no part of it. Knows nothing of quality.
 """
 
 from __future__ import annotations

@@ -136,7 +136,9 @@ def _quick(one: Candidate) -> tuple[float, float]:
 
 def candidates(pipe: Pipeline, figures: Figures, known: Costs, images: int = 1) -> tuple[list[Candidate], list[str]]:
     """All of one bundle, in the quickest way each; and what has been left out, in words."""
-    bundle, found, missing = pipe.bundle, [], []
+    bundle = pipe.bundle
+    found: list[Candidate] = []
+    missing: list[str] = []
     precision = bundle.facts.components[bundle.backbone].precision
     lost = None if figures.precision == precision or bundle.facts.picture is None else bundle.facts.picture.psnr_db
     tables = {path: load_table(bundle.folder / path) for path in bundle.facts.tables}
@@ -204,7 +206,8 @@ def _with_tables(
 ) -> Iterator[tuple[Figure, Basis, str]]:
     """The bundle's tables: as measured, else as far above the training-free solvers as their fit found them."""
     for path, table in tables.items():
-        own = [row for row in figures.rows if row.table == digest(table)]
+        key = digest(table)
+        own = [row for row in figures.rows if row.table == key]
         for row in own:
             yield row, "measured", path
         if own:
@@ -213,7 +216,7 @@ def _with_tables(
         others = [row for row, _, _ in _training_free(figures) if _calls(row) <= table.sequential_calls]
         if isinstance(over, int | float) and others:
             psnr = max(row.psnr_db for row in others) + over
-            yield Figure("epd", table.steps, psnr, math.inf, table=digest(table)), "as fitted", path
+            yield Figure("epd", table.steps, psnr, math.inf, table=key), "as fitted", path
         else:
             missing.append(f"{path}: left out, its quality was never measured")
 

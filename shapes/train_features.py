@@ -3,8 +3,8 @@
     python -m shapes.train_features [--steps 3000] [-o FILE]
 
 Rendered pictures of scenes of every kind, a little noise and shade on half of them; one cross-entropy for every
-attribute. A judge has to know the captions that no model may train on, too: nothing is held out but the renderings. Seeds
-are fixed: the same machine gives the same weights.
+attribute. A judge has to know the captions that no model may train on, too: nothing is held out but the renderings.
+Seeds are fixed: the same machine gives the same weights.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +35,7 @@ class Classifier(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        pairs = zip(CHANNELS[:-1], CHANNELS[1:], strict=True)
-        self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairs)
+        self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(CHANNELS))
         side = SIZE // 2 ** (len(CHANNELS) - 1)
         self.hidden = nn.Linear(CHANNELS[-1] * side * side, WIDTH)
         self.heads = nn.Linear(WIDTH, sum(map(len, CHOICES.values())))

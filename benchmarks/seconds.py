@@ -48,7 +48,7 @@ class Watch:
         known = costs([found], self._halves)
         assert known is not None  # it was asked for
         self._costs: Costs = known
-        self.told = "timed now" if profile.anew or not profile.kept else "the profile of this device, timed before"
+        self.told = "from this device's profile" if profile.kept else "timed now, on a busy machine: not kept"
         for name, session in pipe.sessions.items():
             if name.startswith("text_encoder"):
                 session.unload()

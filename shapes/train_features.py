@@ -92,13 +92,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m shapes.train_features", description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--pictures", type=int, default=PICTURES)
+    parser.add_argument("--held-out", type=int, default=HELD_OUT)
     parser.add_argument("-o", "--output", type=Path, default=FILE)
     options = parser.parse_args(arguments)
     shown = chosen(options.pictures)
     pictures = torch.from_numpy(drawn(shown, 0)).permute(0, 3, 1, 2).contiguous()
     model = train(options.steps, pictures, torch.tensor([labels(scene) for scene in shown]))
     state = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
-    held = held_out_scenes(HELD_OUT, SEED)
+    held = held_out_scenes(options.held_out, SEED)
     read = told(features(drawn(held, 10**6) / 255, of := {n: v.numpy() for n, v in state.items()}), of)
     right = {
         name: float(

@@ -56,11 +56,11 @@ class Networks:
 
     lpips: Path | None = None
     inception: Path | None = None
-    rewards: Mapping[str, str | None] = field(default_factory=dict)  # name -> weights
+    rewards: Mapping[str, Path | None] = field(default_factory=dict)  # name -> weights
 
     def identity(self) -> str:
         """Of the files: their sizes and times."""
-        files = [Path(file) for file in (self.lpips, self.inception, *self.rewards.values()) if file is not None]
+        files = [file for file in (self.lpips, self.inception, *self.rewards.values()) if file is not None]
         known = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
         return repr([known, list(self.rewards)])
 
@@ -140,9 +140,9 @@ class Judge:
         if self._scenes is not None:
             raw["right"] = shown(pictures, self._scenes)
         raw |= {name: features(pictures) for name, features in self._features.items() if name in self._real}
-        whole = np.rint(pictures * 255).astype(np.uint8)
         return raw | {
-            name: checked(name, reward(whole, bench.prompts), len(whole)) for name, reward in self._rewards.items()
+            name: checked(name, reward(pictures, bench.prompts), len(pictures))
+            for name, reward in self._rewards.items()
         }
 
 

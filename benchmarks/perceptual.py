@@ -11,6 +11,7 @@ Nothing is downloaded.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ def lpips(file: Path) -> Callable[[Pictures, Pictures], Array]:
     torch = _torch()
     try:
         from torchmetrics.functional.image.lpips import _LPIPS  # its public classes download the backbone
-    except ImportError:
-        raise _missing("LPIPS", "torchmetrics and torchvision") from None
+    except (ImportError, RuntimeError):  # torchvision's, where it was built for another torch
+        raise _missing("LPIPS", "torchmetrics, and torchvision of the same build as torch") from None
     state = _state(file)
     first = state.get("features.0.weight")
     if first is None or first.ndim != 4 or first.shape[-1] not in _NETS:
@@ -52,8 +53,8 @@ def inception(file: Path) -> Callable[[Pictures], Array]:
     torch = _torch()
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ImportError:
-        raise _missing("Inception", "torch-fidelity") from None
+    except (ImportError, RuntimeError):
+        raise _missing("Inception", "torch-fidelity, and torchvision of the same build as torch") from None
     if not file.is_file():
         raise _refused(file, "no such file")
     try:
@@ -67,14 +68,30 @@ def inception(file: Path) -> Callable[[Pictures], Array]:
     return lambda pictures: _batched(torch, judge, pictures)
 
 
-def reward(name: str, weights: str | None) -> Callable[[NDArray[np.uint8], Sequence[str]], Array]:
-    """One of `epd.train.rewards`: pictures (B, H, W, 3) uint8 and their prompts to (B,) float64."""
+def reward(name: str, weights: Path | None) -> Callable[[Pictures, Sequence[str]], Array]:
+    """One of `epd.train.rewards`: (B,) of pictures and their prompts, all of one prompt next to one another."""
     try:
         from epd.train import rewards
     except ImportError:
         raise _missing(f"the reward {name}", "epd.train and torch", "train") from None
-    found: Callable[[NDArray[np.uint8], Sequence[str]], Array] = rewards.reward(name, weights)
-    return found
+    loaded = rewards.load(name, {} if weights is None else {name: weights})
+
+    def judge(pictures: Pictures, prompts: Sequence[str]) -> Array:
+        loaded.check(prompts, pictures.shape[1:3])
+        found, first = [], 0
+        for prompt, group in groupby(prompts):
+            end = first + len(list(group))
+            found.append(loaded(rewards.Shot(prompt, pictures[first:end], _no_reference))[:, 0])
+            first = end
+        return np.concatenate(found)
+
+    return judge
+
+
+def _no_reference() -> Pictures:
+    from runtime.errors import RequestError
+
+    raise RequestError("this reward needs converged pictures; leave it out: distances to them are measured anyway")
 
 
 def _batched(torch: Any, judge: Callable[..., Any], *pictures: Pictures) -> Array:

@@ -346,7 +346,9 @@ def _run(options: argparse.Namespace) -> None:
     check_baseline(baseline, attempts)
     teacher = None if options.teacher is None else _teacher(bench, options, prompts)
     pairs = (text.partition("=") for text in options.reward)
-    networks = Networks(options.lpips, options.inception, {name: weights or None for name, _, weights in pairs})
+    networks = Networks(
+        options.lpips, options.inception, {name: Path(weights) if weights else None for name, _, weights in pairs}
+    )
     references = 2 * (options.reference_steps > 0)
     with tqdm(total=len(attempts) + references, unit="run", disable=None, leave=False) as bar:  # None: on a terminal
 

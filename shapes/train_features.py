@@ -88,6 +88,15 @@ def train(steps: int, pictures: Tensor, right: Tensor) -> Classifier:
     return model.eval()
 
 
+@torch.no_grad()
+def standardise(model: Classifier, pictures: Tensor) -> None:
+    """Scales every feature to unit variance over the pictures; the scores stay what they are."""
+    spread = model.features(pictures.float() / 127.5 - 1).std(0) + 1e-6
+    model.hidden.weight /= spread[:, None]
+    model.hidden.bias /= spread
+    model.heads.weight *= spread
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m shapes.train_features", description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=3000)
@@ -98,6 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
     shown = chosen(options.pictures)
     pictures = torch.from_numpy(drawn(shown, 0)).permute(0, 3, 1, 2).contiguous()
     model = train(options.steps, pictures, torch.tensor([labels(scene) for scene in shown]))
+    standardise(model, pictures[:HELD_OUT])
     state = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
     held = held_out_scenes(options.held_out, SEED)
     read = told(features(drawn(held, 10**6) / 255, of := {n: v.numpy() for n, v in state.items()}), of)

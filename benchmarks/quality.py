@@ -1,7 +1,7 @@
 """How good each solver's pictures are, for the same prompts and start noise: against calls, evaluations and seconds.
 
     python -m benchmarks quality MODEL [--calls 4 6 8 ..] [--table FILE ..] [--seeds 2] [--plot FILE.png]
-    python -m benchmarks quality MODEL --preset headline --prompts FILE --reward hps=WEIGHTS
+    python -m benchmarks quality MODEL --preset headline --prompts FILE --reward hpsv2 --reward-model hpsv2=DIR
 
 Every solver gets the most steps that fit a number of sequential calls, on the grid that diffusers gives it for the
 checkpoint (flow matching: Euler and Heun their own, the others `use_flow_sigmas`); a table has its own grid and calls.
@@ -325,7 +325,14 @@ def _add_networks(command: argparse.ArgumentParser) -> None:
         "--inception", type=Path, metavar="FILE", help="Frechet Inception distance: torch-fidelity's weights"
     )
     command.add_argument(
-        "--reward", action="append", default=[], metavar="NAME[=WEIGHTS]", help="of epd.train.rewards; may be repeated"
+        "--reward",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="of epd.train.rewards: hpsv2, clip, ..; may be repeated",
+    )
+    command.add_argument(
+        "--reward-model", action="append", default=[], metavar="NAME=PATH", help="its weights; may be repeated"
     )
 
 
@@ -345,10 +352,7 @@ def _run(options: argparse.Namespace) -> None:
     attempts, baseline = _attempts(bench, options)
     check_baseline(baseline, attempts)
     teacher = None if options.teacher is None else _teacher(bench, options, prompts)
-    pairs = (text.partition("=") for text in options.reward)
-    networks = Networks(
-        options.lpips, options.inception, {name: Path(weights) if weights else None for name, _, weights in pairs}
-    )
+    networks = Networks(options.lpips, options.inception, _rewards(options))
     references = 2 * (options.reference_steps > 0)
     with tqdm(total=len(attempts) + references, unit="run", disable=None, leave=False) as bar:  # None: on a terminal
 
@@ -363,6 +367,19 @@ def _run(options: argparse.Namespace) -> None:
     if options.figures is not None:
         quality.figures().save(options.figures)
     publish(options, quality, report, report.comma_separated(quality))
+
+
+def _rewards(options: argparse.Namespace) -> dict[str, Path | None]:
+    """Names, and where their weights are."""
+    from runtime.errors import RequestError
+
+    models: dict[str, Path] = {}
+    for text in options.reward_model:
+        name, equals, path = text.partition("=")
+        if not equals or name not in options.reward:
+            raise RequestError(f"--reward-model {text!r} is not NAME=PATH of a --reward NAME")
+        models[name] = Path(path)
+    return {name: models.get(name) for name in options.reward}
 
 
 def _attempts(bench: Bench, options: argparse.Namespace) -> tuple[list[Attempt], str]:

@@ -58,7 +58,7 @@ def test_files_that_are_no_weights_are_told(alexnet, tmp_path):
     (tmp_path / "text.pth").write_bytes(b"no weights")
     torch.save({"other": torch.zeros(2)}, tmp_path / "other.pth")
     torch.save({name: value for name, value in state.items() if name != "features.3.bias"}, tmp_path / "part.pth")
-    cases = {"text.pth": "no weights", "other.pth": "not torchvision's", "part.pth": "features.3.bias is missing"}
+    cases = {"text.pth": "no weights", "other.pth": "not torchvision's", "part.pth": "slice2.3.bias is missing"}
     for name, message in cases.items():
         with pytest.raises(RequestError, match=rf"{name}: .*{message}"):
             perceptual.lpips(tmp_path / name)

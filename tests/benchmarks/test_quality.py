@@ -213,6 +213,7 @@ def test_references_that_disagree_are_refused(bundles, prompts, capsys):
         (["--reference-steps", "0", "--figures", "f.json"], "need a reference"),
         (["--prompts", "PROMPTS", "--baseline", "heun", "--solvers", "euler"], "no baseline 'heun' among what is run"),
         (["--prompts", "PROMPTS", "--baseline", "euler@5", "--solvers", "euler"], "is not run at '5' calls"),
+        (["--prompts", "PROMPTS", "--reward-model", "hpsv2=x"], "is not NAME=PATH of a --reward NAME"),
         (["--prompts", "PROMPTS", "--teacher", "OTHER"], "no bundle of the same model"),
     ],
 )

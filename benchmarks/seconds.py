@@ -49,9 +49,6 @@ class Watch:
         assert known is not None  # it was asked for
         self._costs: Costs = known
         self.told = "from this device's profile" if profile.kept else "timed now, on a busy machine: not kept"
-        for name, session in pipe.sessions.items():
-            if name.startswith("text_encoder"):
-                session.unload()
 
     def seconds(self, attempt: Attempt, found: Trajectories) -> float | None:
         """Of one image in the quickest way; parallel in time as if its requests were of one size."""

@@ -1,16 +1,16 @@
 """What a drawing takes on a device, from what its calls take: the requests of a solver, in rows, times their costs.
 
 The costs are one sitting of a profile (`runtime.profiles`): calls of several row counts, calls at once, and the two
-ends of a drawing, encoding and decoding. Loading and compiling are no part of it. Knows nothing of quality.
+ends of a drawing, encoding and decoding. The backbone and the decoder are loaded; the text encoders are loaded for
+every drawing, as they are released after it: that is a part of it. Knows nothing of quality.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -37,7 +37,7 @@ class Costs:
 
     rows: Mapping[int, float]  # rows -> one call of so many
     at_once: Mapping[int, float]  # K -> K calls at once, as a share of what they take in turn
-    encode: float  # one prompt and its negative
+    encode: float  # one prompt and its negative, text encoders loaded and released
     decode: float  # one image
 
     def call(self, rows: int) -> float | None:
@@ -80,15 +80,11 @@ def costs(sittings: Sequence[Timings], rows: int) -> Costs | None:
 
 
 def ends(pipe: Pipeline, plan: Plan) -> dict[str, Callable[[], object]]:
-    """The tasks of a profile beside the backbone's calls: name -> doing it. The text encoders stay loaded."""
+    """The tasks of a profile beside the backbone's calls: name -> doing it."""
     prompts = ["", ""] if plan.guided else [""]
     latents = np.zeros((1, *plan.latent_shape))
-
-    def kept(name: str) -> Any:  # not released, as a drawing does: loading would be timed, too
-        return nullcontext(pipe._session(name).load())
-
     return {
-        ENCODE: lambda: conditioning(pipe.bundle, kept, prompts),
+        ENCODE: lambda: conditioning(pipe.bundle, pipe._session, prompts),
         DECODE: lambda: pipe.decode(latents),
     }
 

@@ -212,8 +212,13 @@ def _panel(axes: Any, rows: Sequence[Row], name: str, work: str) -> None:
                   [0.0 if f.high is None else max(0.0, f.high - f.mean) for f in figures]]  # fmt: skip
         axes.errorbar(x, [f.mean for f in figures], spread, label=label, elinewidth=0.6, **_look(some[0]))
     axes.set_xscale("log")
+    if not metric(name).higher:
+        axes.set_yscale("log", nonpositive="clip")
     if work != "seconds":
-        ticks = _calls(rows) if work == "sequential_calls" else [4, 6, 10, 20, 40, 80]
+        most = max(getattr(row, work) for row in rows)
+        ticks = (
+            _calls(rows) if work == "sequential_calls" else [n for n in (4, 6, 10, 20, 40, 80, 160) if n <= 1.3 * most]
+        )
         axes.set_xticks(ticks, list(map(str, ticks)))
         axes.minorticks_off()
     plain(axes)

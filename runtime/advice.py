@@ -107,8 +107,6 @@ def _plan(options: argparse.Namespace) -> None:
 
     if options.num_images < 1:
         raise RequestError(f"--num-images must be 1 or more, got {options.num_images}")
-    if "," in options.provider:
-        raise RequestError(f"a plan is for one provider; give one of {options.provider}")
     pipes = [
         Pipeline.from_pretrained(model, provider=options.provider, provider_options=_pairs(options.provider_option))
         for model in options.models or [DEFAULT]

@@ -18,7 +18,6 @@ import numpy as np
 import epd
 from epd.solvers import METHODS
 
-from .bundle import Bundle
 from .costs import Costs, Requests, costs, requests
 from .directions import Directions
 from .errors import RequestError
@@ -143,7 +142,7 @@ def candidates(pipe: Pipeline, figures: Figures, known: Costs, images: int = 1) 
     lost = None if figures.precision == precision or bundle.facts.picture is None else bundle.facts.picture.psnr_db
     tables = {path: load_table(bundle.folder / path) for path in bundle.facts.tables}
     rows = [*_with_tables(figures, tables, missing), *_training_free(figures)]
-    widest = 0
+    widest, batches = 0, _batches(pipe)
     for row, basis, path in rows:
         table = None if path is None else str(bundle.folder / path)
         interval = None if row.guidance_interval is None else (row.guidance_interval[0], row.guidance_interval[1])
@@ -154,7 +153,7 @@ def candidates(pipe: Pipeline, figures: Figures, known: Costs, images: int = 1) 
         )  # fmt: skip
         plan = pipe.plan("", **draft.asked)
         asked = requests(plan.coroutine(np.zeros_like), 2 if plan.guided else 1, plan.guidance_interval)
-        if (done := _timed(draft, plan, asked, known, images, per_row(bundle))) is not None:
+        if (done := _timed(draft, plan, asked, known, images, batches)) is not None:
             found.append(done)
         else:
             widest = max(widest, plan.directions * images)
@@ -232,10 +231,14 @@ def _added(one: float, other: float) -> float:
 
 def _costs(pipe: Pipeline) -> Costs:
     """Of the kept profile; RequestError with the line to type if there is none."""
+    if len(pipe.providers) > 1 or pipe.low_memory:
+        what = "on one provider" if len(pipe.providers) > 1 else "without --low-memory"
+        raise RequestError(f"what calls cost is known {what} only; plan so, or name the solver and leave --budget out")
     plan = pipe.plan("", solver="euler")
     known = costs(pipe.profile(plan).sittings, 2 if plan.guided else 1)
     if known is None:
         provider = "" if pipe.provider == "cpu" else f" --provider {pipe.provider}"
+        provider += "".join(f" --provider-option {key}={value}" for key, value in pipe.options.items())
         raise RequestError(
             "what calls cost on this device is not known; "
             f"measure it once: python -m benchmarks scaling {pipe.bundle.folder}{provider}"
@@ -243,7 +246,8 @@ def _costs(pipe: Pipeline) -> Costs:
     return known
 
 
-def per_row(bundle: Bundle) -> bool:
+def _batches(pipe: Pipeline) -> bool:
     """Whether the backbone takes a time for every row, so that the points of a request can be one batch."""
-    shapes = {tensor.name: tensor.shape for tensor in bundle.facts.components[bundle.backbone].inputs}
-    return shapes.get("timestep") not in ((), (1,))
+    name = pipe.bundle.backbone
+    inputs = pipe.bundle.facts.components[name].inputs or pipe._session(name).load().inputs  # a foreign one is asked
+    return {tensor.name: tensor.shape for tensor in inputs}.get("timestep") not in ((), (1,))

@@ -80,17 +80,19 @@ class Bench:
         self._batch = batch
         self._slopes: dict[tuple[int, int], Slopes] = {}  # by the images: each costs a run of the text encoders
 
-    def run(self, attempt: Attempt) -> Trajectories:
+    def run(self, attempt: Attempt, most: int | None = None) -> Trajectories:
         """The trajectories' ends and what they cost; batches that are in the folder `work` are not run again.
+
+        `most`: of the first images only.
 
         Raises
         ------
         NotFiniteError
         """
         size = 1 if attempt.kind == "parallel" else self._batch  # in a batch the slowest image would be counted
-        parts = []
-        for i in range(0, len(self.prompts), size):
-            images = slice(i, min(i + size, len(self.prompts)))
+        parts, count = [], len(self.prompts) if most is None else min(most, len(self.prompts))
+        for i in range(0, count, size):
+            images = slice(i, min(i + size, count))
             name = f"{self.key(attempt)}-{images.start}-{images.stop}"
             parts.append(self.kept(name, partial(self._part, attempt, images)))
         latents, work = (np.concatenate([part[name] for part in parts]) for name in ("latents", "work"))

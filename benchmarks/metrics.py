@@ -89,7 +89,7 @@ class Judge:
         self._bench, self._truth, self._scenes = bench, truth, scenes
         self.bootstrap = Bootstrap(len(bench.prompts) // bench.seeds, bench.seeds)
         self._pictures = None if truth is None else bench.pictures(truth.latents)
-        self._identity = f"{source} {scenes is not None} {networks.identity()}"
+        self._identity = f"{source} {networks.identity()} {_classifier() if scenes is not None else ''}"
         target = self._target()
         self._lpips = None if networks.lpips is None else perceptual.lpips(networks.lpips)
         self._features: dict[str, Callable[[NDArray[np.float32]], NDArray[np.floating]]] = {}
@@ -144,6 +144,13 @@ class Judge:
             name: checked(name, reward(pictures, bench.prompts), len(pictures))
             for name, reward in self._rewards.items()
         }
+
+
+def _classifier() -> str:
+    """SHA-256 of its weights."""
+    from shapes.features import FILE
+
+    return hashlib.sha256(FILE.read_bytes()).hexdigest()
 
 
 def rmse(one: NDArray[np.float32], other: NDArray[np.float32]) -> Array:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import epd
 
 from .bench import EVEN, Attempt, Bench
-from .bootstrap import Estimate, Figure
+from .bootstrap import Bootstrap, Estimate, Figure
 from .common import add_outputs, check_outputs, publish
 from .entrants import entrants, fetched, headline, references
 from .metrics import Judge, Networks, metric
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 CALLS = (4, 6, 8, 10, 15, 20, 28)
 SCENES_SEED = 303  # nothing is trained, fitted or chosen by these captions
 CONVERGED_DB = 40.0  # to which two references must agree
+AGREEING = 64  # prompts whose images the second reference is run on: it is not what others are compared with
 
 Measured = Mapping[str, Estimate]  # metric -> what it is
 
@@ -160,11 +161,11 @@ def measure(
     teacher = teacher or bench
     pair = references(teacher, reference_steps) if reference_steps else ()
     ends = []
-    for attempt in pair:
-        ends.append(teacher.run(attempt))
+    for attempt, most in zip(pair, (None, AGREEING * bench.seeds), strict=False):
+        ends.append(teacher.run(attempt, most))
         progress(attempt.name)
     judge = Judge(bench, ends[0] if ends else None, teacher.key(pair[0]) if pair else "", scenes, networks)
-    agreement = _agreement(bench, judge, pair, [end.latents for end in ends], reference_steps)
+    agreement = _agreement(bench, pair, [end.latents for end in ends], reference_steps)
     watch = Watch(bench, [*pair[:1], *attempts])
     found: list[tuple[Attempt, Any, Measured]] = []
     if pair:
@@ -187,17 +188,16 @@ def measure(
     )  # fmt: skip
 
 
-def _agreement(
-    bench: Bench, judge: Judge, pair: Sequence[Attempt], latents: Sequence[Any], steps: int
-) -> Figure | None:
-    """PSNR of the two references to each other; RequestError if it is too low."""
+def _agreement(bench: Bench, pair: Sequence[Attempt], latents: Sequence[Any], steps: int) -> Figure | None:
+    """PSNR of the two references to each other, where both were run; RequestError if it is too low."""
     from runtime.errors import RequestError
     from runtime.judge import psnr
 
     if not pair:
         return None
-    one, other = (bench.pictures(end) for end in latents)
-    agreement = judge.bootstrap.mean(psnr(one, other)).figure()
+    both = min(map(len, latents))
+    one, other = (bench.pictures(end[:both]) for end in latents)
+    agreement = Bootstrap(both // bench.seeds, bench.seeds).mean(psnr(one, other)).figure()
     if agreement.mean < CONVERGED_DB:
         raise RequestError(
             f"no converged reference: {pair[0].name} and {pair[1].name} agree to {agreement.mean:.1f} dB only, "

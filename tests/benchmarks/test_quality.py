@@ -108,6 +108,34 @@ def test_what_is_kept_belongs_to_one_provider_and_version(bench, monkeypatch):
     assert len(keys) == 3
 
 
+def test_the_second_reference_may_be_of_fewer_images(bundles, prompts, monkeypatch, capsys):
+    command = [
+        "quality",
+        str(bundles["sd3"]),
+        "--prompts",
+        prompts,
+        *SHORT,
+        "--solvers",
+        "euler",
+        "--seeds",
+        "2",
+        "--json",
+    ]
+    asked = []
+    run = Bench.run
+    monkeypatch.setattr(
+        Bench, "run", lambda self, one, most=None: asked.append((one.name, most)) or run(self, one, most)
+    )
+    results = []
+    for most in (64, 2):
+        monkeypatch.setattr("benchmarks.quality.AGREEING", most)
+        assert main(command) == 0
+        results.append(json.loads(capsys.readouterr().out))
+    assert [most for name, most in asked if name.startswith("dpmpp_2m")] == [128, 4]
+    assert results[0]["rows"] == results[1]["rows"]
+    assert results[0]["agreement_db"] != results[1]["agreement_db"]
+
+
 def test_psnr():
     truth = np.random.default_rng(0).random((2, 4, 4, 3)).astype(np.float32)
     assert psnr(truth, truth + np.float32(0.1)) == pytest.approx([20, 20], abs=1e-4)

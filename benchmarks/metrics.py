@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from shapes.captions import Scene
 
 Array = NDArray[np.float64]
+Pictures = NDArray[np.float32]  # (B, H, W, 3) in [0, 1]
 
 RENDER_SEED = 7_000_000  # of the first rendered picture that Frechet distances are taken to
 
@@ -58,11 +59,30 @@ class Networks:
     inception: Path | None = None
     rewards: Mapping[str, Path | None] = field(default_factory=dict)  # name -> weights
 
-    def identity(self) -> str:
+    def open(self, prompts: Sequence[str], size: tuple[int, int]) -> Opened:
+        """Loads them; RequestError for weights or prompts that will not do. `size`: height, width of the pictures."""
+        return Opened(
+            None if self.lpips is None else perceptual.lpips(self.lpips),
+            None if self.inception is None else perceptual.inception(self.inception),
+            {name: perceptual.reward(name, weights, prompts, size) for name, weights in self.rewards.items()},
+            self._identity(),
+        )
+
+    def _identity(self) -> str:
         """Of the files: their sizes and times."""
         files = [file for file in (self.lpips, self.inception, *self.rewards.values()) if file is not None]
         known = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
         return repr([known, list(self.rewards)])
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The networks, ready: pictures (B, H, W, 3) in [0, 1] to (B,) or, of Inception, (B, features)."""
+
+    lpips: Callable[[Pictures, Pictures], Array] | None
+    inception: Callable[[Pictures], Array] | None
+    rewards: Mapping[str, Callable[[Pictures], Array]]
+    identity: str
 
 
 class Judge:
@@ -84,22 +104,21 @@ class Judge:
         truth: Trajectories | None,
         source: str,
         scenes: Sequence[Scene] | None,
-        networks: Networks,
+        networks: Opened,
     ) -> None:
         self._bench, self._truth, self._scenes = bench, truth, scenes
         self.bootstrap = Bootstrap(len(bench.prompts) // bench.seeds, bench.seeds)
         self._pictures = None if truth is None else bench.pictures(truth.latents)
-        self._identity = f"{source} {networks.identity()} {_classifier() if scenes is not None else ''}"
+        self._identity = f"{source} {networks.identity} {_classifier() if scenes is not None else ''}"
         target = self._target()
-        self._lpips = None if networks.lpips is None else perceptual.lpips(networks.lpips)
-        self._features: dict[str, Callable[[NDArray[np.float32]], NDArray[np.floating]]] = {}
+        self._networks = networks
+        self._features: dict[str, Callable[[Pictures], NDArray[np.floating]]] = {}
         if scenes is not None:
             from shapes.features import features
 
             self._features["frechet"] = features
         if networks.inception is not None:
-            self._features["inception"] = perceptual.inception(networks.inception)
-        self._rewards = {name: perceptual.reward(name, weights) for name, weights in networks.rewards.items()}
+            self._features["inception"] = networks.inception
         self._real = {} if target is None else {name: of(target) for name, of in self._features.items()}
 
     @property
@@ -130,19 +149,18 @@ class Judge:
 
     def _raw(self, attempt: Attempt, found: Trajectories) -> dict[str, NDArray]:
         """Of every image: its value, or its features."""
-        bench, pictures = self._bench, self._bench.pictures(found.latents)
+        pictures = self._bench.pictures(found.latents)
         raw: dict[str, NDArray] = {}
         if self._truth is not None and self._pictures is not None and attempt.kind != "reference":
             raw["psnr_db"] = psnr(self._pictures, pictures)
             raw["latent_rmse"] = rmse(found.latents, self._truth.latents)
-            if self._lpips is not None:
-                raw["lpips"] = self._lpips(pictures, self._pictures)
+            if self._networks.lpips is not None:
+                raw["lpips"] = self._networks.lpips(pictures, self._pictures)
         if self._scenes is not None:
             raw["right"] = shown(pictures, self._scenes)
         raw |= {name: features(pictures) for name, features in self._features.items() if name in self._real}
         return raw | {
-            name: checked(name, reward(pictures, bench.prompts), len(pictures))
-            for name, reward in self._rewards.items()
+            name: checked(name, reward(pictures), len(pictures)) for name, reward in self._networks.rewards.items()
         }
 
 

@@ -68,16 +68,21 @@ def inception(file: Path) -> Callable[[Pictures], Array]:
     return lambda pictures: _batched(torch, judge, pictures)
 
 
-def reward(name: str, weights: Path | None) -> Callable[[Pictures, Sequence[str]], Array]:
-    """One of `epd.train.rewards`: (B,) of pictures and their prompts, all of one prompt next to one another."""
+def reward(
+    name: str, weights: Path | None, prompts: Sequence[str], size: tuple[int, int]
+) -> Callable[[Pictures], Array]:
+    """One of `epd.train.rewards`: (B,) of pictures (B, H, W, 3) to these prompts (B,), the same ones side by side.
+
+    `size`: H, W.
+    """
     try:
         from epd.train import rewards
     except ImportError:
         raise _missing(f"the reward {name}", "epd.train and torch", "train") from None
     loaded = rewards.load(name, {} if weights is None else {name: weights})
+    loaded.check(prompts, size)
 
-    def judge(pictures: Pictures, prompts: Sequence[str]) -> Array:
-        loaded.check(prompts, pictures.shape[1:3])
+    def judge(pictures: Pictures) -> Array:
         found, first = [], 0
         for prompt, group in groupby(prompts):
             end = first + len(list(group))

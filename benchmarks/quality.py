@@ -158,13 +158,15 @@ def measure(
         The references disagree, or the baseline is none of the attempts.
     """
     check_baseline(baseline, attempts)
+    plan = bench.pipe.plan("", solver="euler")
+    opened = networks.open(bench.prompts, (plan.height, plan.width))
     teacher = teacher or bench
     pair = references(teacher, reference_steps) if reference_steps else ()
     ends = []
     for attempt, most in zip(pair, (None, AGREEING * bench.seeds), strict=False):
         ends.append(teacher.run(attempt, most))
         progress(attempt.name)
-    judge = Judge(bench, ends[0] if ends else None, teacher.key(pair[0]) if pair else "", scenes, networks)
+    judge = Judge(bench, ends[0] if ends else None, teacher.key(pair[0]) if pair else "", scenes, opened)
     agreement = _agreement(bench, pair, [end.latents for end in ends], reference_steps)
     watch = Watch(bench, [*pair[:1], *attempts])
     found: list[tuple[Attempt, Any, Measured]] = []

@@ -164,6 +164,16 @@ class Judge:
         }
 
 
+def check_classifier() -> None:
+    """RequestError where its weights cannot be read."""
+    from importlib.util import find_spec
+
+    from runtime.errors import RequestError
+
+    if find_spec("safetensors") is None:
+        raise RequestError("Frechet distances of the closed world need safetensors: pip install safetensors")
+
+
 def _classifier() -> str:
     """SHA-256 of its weights."""
     from shapes.features import FILE

@@ -30,7 +30,7 @@ from .bench import EVEN, Attempt, Bench
 from .bootstrap import Bootstrap, Estimate, Figure
 from .common import add_outputs, check_outputs, publish
 from .entrants import entrants, fetched, headline, references
-from .metrics import Judge, Networks, metric
+from .metrics import Judge, Networks, check_classifier, metric
 from .seconds import Watch
 
 if TYPE_CHECKING:
@@ -349,6 +349,8 @@ def _run(options: argparse.Namespace) -> None:
     pipe = Pipeline.from_pretrained(options.model, provider=options.provider)
     facts = pipe.bundle.facts
     prompts, scenes = _prompts(options, facts.source.id, pipe.plan("", solver="euler").height)
+    if scenes is not None:
+        check_classifier()
     guidance = facts.defaults.guidance if options.guidance_scale is None else options.guidance_scale
     bench = Bench(pipe, prompts, guidance, options.batch, options.work, options.seeds)
     attempts, baseline = _attempts(bench, options)

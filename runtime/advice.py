@@ -178,6 +178,6 @@ def describe(advice: Advice, budget: float | None) -> str:
 def _words(one: Candidate) -> str:
     way = f", K = {one.k} as {one.way}" if one.k > 1 else ""
     return (
-        f"{one.name}, {one.steps} steps{way}: {one.sequential_calls} sequential calls, {one.seconds:.3g} s predicted, "
-        f"{one.psnr_db:.1f} dB"
+        f"{one.name}, {one.steps} steps{way}: {one.sequential_calls} sequential calls, "
+        f"{one.seconds:.3g} s predicted once loaded, {one.psnr_db:.1f} dB"
     )

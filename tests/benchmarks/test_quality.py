@@ -10,9 +10,9 @@ import pytest
 import epd
 from benchmarks import quality
 from benchmarks.__main__ import main
-from benchmarks.bench import Bench
+from benchmarks.bench import Attempt, Bench, Trajectories
 from benchmarks.entrants import asked, entrants, references
-from benchmarks.metrics import checked
+from benchmarks.metrics import Judge, Networks, check_classifier, checked
 from runtime import figures, profiles
 from runtime.judge import psnr
 from runtime.pipeline import Pipeline
@@ -340,3 +340,43 @@ def test_the_headline_with_a_learned_reward(bundles, prompts, tmp_path, capsys):
     assert len({row["figures"]["clip"]["mean"] for row in rows}) == 4
     assert main([*command, "--reward", "shapes"]) == 2
     assert "the reward shapes reads 64x64 pictures, this model draws 16x16" in capsys.readouterr().err
+
+
+def test_the_classifier_needs_safetensors(monkeypatch):
+    check_classifier()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install safetensors"):
+        check_classifier()
+
+
+def test_captions_are_judged_by_what_they_say(monkeypatch):
+    """Renderings of the captions themselves are right, and near renderings from other seeds; shuffled ones are not."""
+    from shapes.captions import held_out_scenes
+    from shapes.render import render
+
+    scenes = [scene for scene in held_out_scenes(12, 3) for _ in range(2)]
+    drawn = np.stack([np.asarray(render(scene, i), np.float32) / 255 for i, scene in enumerate(scenes)])
+    shown = {"right": drawn, "shuffled": drawn[::-1]}
+
+    class Fixed:
+        """A bench whose attempts are pictures."""
+
+        prompts, seeds = [scene.caption for scene in scenes], 2
+
+        def pictures(self, latents):
+            return shown[latents]
+
+        def kept(self, name, make):
+            return make()
+
+        def key(self, attempt):
+            return ""
+
+    judge = Judge(Fixed(), None, "", scenes, Networks().open([], (64, 64)))
+    attempt = Attempt("x", None, (1.0, 0.0), 1.0, 1.0)
+    found = {name: judge.measure(attempt, Trajectories(name, 1, 1, 1)) for name in shown}
+    assert {name: one["right"].value for name, one in found.items()} == {"right": 1, "shuffled": 0}
+    assert found["right"]["frechet"].value == pytest.approx(found["shuffled"]["frechet"].value)  # a set has no order
+    assert found["right"]["frechet"].value < 1
+    assert (found["shuffled"]["right"] - found["right"]["right"]).figure().clear() is False
+    assert judge.frechet_to == "renderings of the same captions"

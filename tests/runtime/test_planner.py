@@ -273,11 +273,13 @@ def test_figures_are_read_as_written(tmp_path):
     assert figures.read(tmp_path / "figures.json") == made
 
 
-def test_shipped_figures_fit_the_shipped_tables():
+def test_every_shipped_table_can_be_planned():
     for name in ("shapes-sd3", "shapes-sd15"):
         found = figures.read(SHIPPED / "quality" / f"{name}.json")
-        tables = {digest(epd.Table.load(file)) for file in SHIPPED.glob(f"{name}-*.json")}
-        assert tables <= {row.table for row in found.rows}
+        for file in SHIPPED.glob(f"{name}-*.json"):  # else: python -m benchmarks quality MODEL --figures FILE
+            table = epd.Table.load(file)
+            fitted = (table.provenance or {}).get("held_out", {}).get("over_best_db")
+            assert fitted is not None or digest(table) in {row.table for row in found.rows}, file
         assert found.source == name
 
 

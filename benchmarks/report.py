@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -227,18 +228,22 @@ def _panel(axes: Any, rows: Sequence[Row], name: str, work: str) -> None:
 _COLOURS = {"euler": "black", "heun": "0.55", "dpm2": "0.7", "dpmpp": "tab:blue", "unipc": "tab:green",
             "deis": "tab:purple", "ipndm": "tab:orange", "paradigms": "tab:brown", "parataa": "tab:olive",
             "start table K": "lightcoral"}  # fmt: skip
+_TABLES = ("firebrick", "deeppink", "crimson", "orangered")  # by K
 _MARKERS = {"1": "o", "2": "s", "3": "^", "4": "D", "2s": "v", "2m": "s", "3m": "^"}
 
 
 def _label(row: Row) -> str:
-    """A line of the plot: the solver; one for all tolerances of a solver parallel in time."""
+    """A line of the plot: the solver; one for tables that differ in calls, and one for tolerances in parallel."""
+    if row.kind == "table":
+        return re.sub(r"-calls\d+", "", row.solver)
     return row.solver.partition(" tol ")[0] if row.kind == "parallel" else row.solver
 
 
 def _look(row: Row) -> dict[str, Any]:
     """Colour by family, marker by order, hollow on even times; tables stand out, the untrained and parallel back."""
     if row.kind == "table":
-        return {"color": "crimson", "marker": "*", "markersize": 13, "linewidth": 2.0, "zorder": 5}
+        colour = _TABLES[(row.k or 0) % len(_TABLES)]
+        return {"color": colour, "marker": "*", "markersize": 12, "linewidth": 1.5, "zorder": 5}
     name = _label(row).partition(",")[0].removesuffix(EVEN)
     family, _, order = name.replace("=", "_").rpartition("_") if "_" in name or "=" in name else (name, "", "1")
     style = {"solver": "-", "start": ":", "parallel": "--"}[row.kind]

@@ -89,6 +89,8 @@ def backbone_work(bundle: Bundle, rows: int, place: Path, **shared: Any) -> Work
             raise RequestError(f"{bundle.facts.name}: its {tensor.name} has no fixed size; export it again")
         feeds[tensor.name] = random.standard_normal((rows, *sides)).astype(np.float32)
     feeds["timestep"] = np.tile(np.linspace(*TIMES, rows // halves, dtype=np.float32), halves)
+    if "text_encoder_3" not in bundle.facts.components and bundle.facts.text.t5_tokens:
+        feeds["encoder_hidden_states"][:, -bundle.facts.text.t5_tokens :] = 0  # as every pipeline gives them without T5
     file = place / "feeds.npz"
     with file.open("wb") as opened:
         np.savez(opened, **feeds)

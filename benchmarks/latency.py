@@ -30,7 +30,8 @@ from .machine import Machine, machine
 from .watch import Call, Watch, Watched
 
 if TYPE_CHECKING:
-    from runtime.pipeline import Pipeline, Report, Result
+    from runtime.pipeline import Pipeline
+    from runtime.report import Report, Result
 
 PROMPT = "a red circle on a white background"
 _BACKBONES = ("transformer", "unet")

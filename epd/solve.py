@@ -34,6 +34,19 @@ class Step(NamedTuple):
     x: Any  # (B, ...): the state there, float64 in numpy
     calls: int  # sequential calls so far: requests answered
     evaluations: int  # total evaluations per image so far: points answered
+    points: Points | None = None  # the request answered last, and
+    slopes: Array | None = None  # (P, B, ...): the answer
+
+    @property
+    def denoised(self) -> Array:
+        """(B, ...): the network's estimate of the finished state, x - t * slope at the last point it was asked for.
+
+        The state itself where nothing was asked yet. Of no use after `together`, whose points are of many solvers.
+        """
+        if self.points is None or self.slopes is None:
+            return self.x
+        x, t = self.points.x[-1], self.points.t[-1]
+        return x - t.reshape(t.shape + (1,) * (x.ndim - t.ndim)) * self.slopes[-1]
 
 
 Coroutine = Generator[Any, Any, Any]  # yields Points | State, is sent slopes
@@ -67,7 +80,7 @@ def solve(solver: Solver, x: Array, slope: Slope) -> Iterator[Step]:
         raise FloatingPointError("the start state is not finite")
     run = solver(x)
     index = calls = evaluations = 0
-    answer = None
+    answer = asked = answered = None
     try:
         while True:
             try:
@@ -75,12 +88,13 @@ def solve(solver: Solver, x: Array, slope: Slope) -> Iterator[Step]:
             except StopIteration:
                 return
             if isinstance(event, Points):
-                answer = _checked(slope(event), event, index)
+                asked, answer = event, _checked(slope(event), event, index)
+                answered = answer
                 calls += 1
                 evaluations += len(event.x)
             else:
                 answer = None
-                yield Step(index, event.t, event.x, calls, evaluations)
+                yield Step(index, event.t, event.x, calls, evaluations, asked, answered)
                 index += 1
     finally:
         run.close()

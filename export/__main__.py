@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from runtime.errors import RunError
@@ -75,6 +76,12 @@ def parser() -> argparse.ArgumentParser:
         help="a VAE decoder for tiles of so many pixels, which are blended: less memory for large pictures, which "
         "then differ a little (default: for whole pictures)",
     )
+    add(
+        "--tiny-vae",
+        metavar="NAME",
+        help=f"a tiny VAE decoder beside the whole one, for previews: {', '.join(checkpoint.TINY)}, a folder, or a hub "
+        "id",
+    )
     add("--opset", type=int, choices=plan.OPSETS, help="of the graphs (default: the target's; 23 for cpu)")
     add("--revision", help="branch, tag or commit on the hub")
     add("--variant", help="weight files to take, such as fp16")
@@ -118,11 +125,13 @@ def run(given: argparse.Namespace, scratch: Path) -> dict[str, object]:
         write.check_target(given.output, given.overwrite)
     hub = checkpoint.Hub(given.revision, given.cache_dir, given.offline)
     source = (
-        checkpoint.random(given.model, scratch / given.model)
+        checkpoint.random(given.model, scratch / given.model, given.tiny_vae)
         if given.random_weights
         else checkpoint.find(given.model, hub, given.variant)
     )
     _refuse_ignored(given, source)
+    if given.tiny_vae is not None and source.tiny is None:
+        source = replace(source, tiny=checkpoint.find_tiny(given.tiny_vae, hub))
     planned = plan.make(
         source,
         plan.Options(
@@ -142,6 +151,11 @@ def run(given: argparse.Namespace, scratch: Path) -> dict[str, object]:
     target = given.output or Path("bundles") / source.name
     if planned.facts.family == "sd3" and not planned.t5 and given.model not in checkpoint.OURS:
         say(_T5_NONE)
+    if planned.equal_tokens and planned.backbone in planned.precisions:
+        say(
+            f"no T5: the {planned.equal_tokens} zero vectors in its place are computed as one token, with the same "
+            "result; the transformer takes no others there"
+        )
     if given.random_weights:
         say("random weights: the bundle measures a machine, its pictures mean nothing")
     if given.dry_run:

@@ -158,6 +158,29 @@ CONFIGURATIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
+_TINY = {
+    "_class_name": "AutoencoderTiny",
+    "in_channels": 3,
+    "out_channels": 3,
+    "act_fn": "relu",
+    "encoder_block_out_channels": [64] * 4,
+    "decoder_block_out_channels": [64] * 4,
+    "num_encoder_blocks": [1, 3, 3, 3],
+    "num_decoder_blocks": [3, 3, 3, 1],
+    "upsampling_scaling_factor": 2,
+    "latent_magnitude": 3,
+    "latent_shift": 0.5,
+    "scaling_factor": 1.0,
+    "shift_factor": 0.0,
+}
+TINY = {"taesd": _TINY | {"latent_channels": 4}, "taesd3": _TINY | {"latent_channels": 16}}
+
+
+def write_tiny(name: str, folder: Path) -> None:
+    """Writes the configuration of a tiny VAE, https://huggingface.co/madebyollin/taesd3 and its like."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(TINY[name], indent=2) + "\n", encoding="utf-8")
+
 
 def write(name: str, folder: Path) -> None:
     """Writes the checkpoint folder of an architecture, without weights, its tokenizers with a made-up vocabulary."""

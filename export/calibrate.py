@@ -7,7 +7,7 @@ activations than a finished picture, and the empty prompt others than a long one
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,20 @@ from runtime.rows import cut
 from runtime.session import Session
 
 SEED = 7_000_000  # of the first start noise: no picture that quality is reported on begins with one of these
-STEPS = 10  # evenly spread network times, asked for one at a time
-INTERVALS = 5  # of the start table whose two midpoints are asked for at once
+WAYS: tuple[Mapping[str, Any], ...] = (  # to draw a prompt: one point at a time, or two midpoints at once
+    {"solver": "euler", "num_inference_steps": 10},
+    {"solver": "epd", "k": 2, "num_inference_steps": 5},
+)
 EACH = 12  # calls kept of a trajectory: half of them
 
 Feed = dict[str, np.ndarray]
 
 
-def record(folder: Path, *, prompts: Sequence[str], count: int, seed: int = SEED) -> list[Feed]:
+def record(folder: Path, *, prompts: Sequence[str], count: int, seed: int = SEED, sparing: bool = False) -> list[Feed]:
     """Inputs of a bundle's backbone along real trajectories: all noise levels, guided, one point or K = 2 at a time.
 
-    A prompt is drawn twice with a seed of its own: by Euler at `STEPS` times, and with the start table of two
-    directions, whose midpoints lie off Euler's path. Calls are cut to the rows of the backbone's first graph, to 2
+    A prompt is drawn twice, from noise of its own: by Euler's method, and with the start table of two directions, whose
+    midpoints lie off Euler's path. Calls are cut to the rows of the backbone's first graph, to 2
     where it takes any number. Of a trajectory's calls only those that are wanted stay in memory.
 
     Parameters
@@ -44,6 +46,8 @@ def record(folder: Path, *, prompts: Sequence[str], count: int, seed: int = SEED
         Some are drawn, evenly spread: one for every `EACH` calls, all of them if there are fewer.
     count : int
         Calls to keep, evenly spread over trajectories and times; where these have fewer, all.
+    sparing : bool
+        A prompt is drawn in one of the two ways, in turn: half the calls, of which most are kept.
 
     Returns
     -------
@@ -69,7 +73,7 @@ def record(folder: Path, *, prompts: Sequence[str], count: int, seed: int = SEED
         for number in range(most):
             group = groups[number * len(groups) // most]
             told = [group[i % len(group)] for i in range(images)]
-            calls = _drawn(pipe, tap, told, seed + number * images)
+            calls = _drawn(pipe, tap, told, seed + number * images, WAYS[number % 2 :][:1] if sparing else WAYS)
             wanted = count * (number + 1) // most - count * number // most
             kept += [calls[i] for i in _spread(len(calls), wanted, number)]
     finally:
@@ -100,14 +104,15 @@ class _Tap(Session):
         return super().__call__(want=want, **arrays)
 
 
-def _drawn(pipe: Pipeline, tap: _Tap, prompts: Sequence[str], seed: int) -> list[Feed]:
-    """All calls of two drawings of these prompts, each from noise of its own; image i has seed + i."""
-    one = pipe.plan(prompts[0], solver="euler", num_inference_steps=STEPS)
-    two = pipe.plan(prompts[0], solver="epd", k=2, num_inference_steps=INTERVALS)
-    slopes = pipe.slopes(prompts, one.guidance)
+def _drawn(
+    pipe: Pipeline, tap: _Tap, prompts: Sequence[str], seed: int, ways: Sequence[Mapping[str, Any]]
+) -> list[Feed]:
+    """All calls of drawings of these prompts, each from noise of its own; image i has seed + i."""
+    plans = [pipe.plan(prompts[0], **way) for way in ways]
+    slopes = pipe.slopes(prompts, plans[0].guidance)
     tap.taken = []
     streams = [Stream(seed + i) for i in range(len(prompts))]
-    for plan in (one, two):
+    for plan in plans:
         noise = np.stack([stream.randn(plan.latent_shape) for stream in streams]).astype(np.float64)
         for _ in epd.solve(plan.coroutine(np.zeros_like), plan.start_scale * noise, slopes):
             pass

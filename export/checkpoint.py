@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import shapes
-from runtime.facts import Source
+from runtime.facts import TINY_DECODER, Source
 from runtime.parse import load_json
 
 from . import ExportError, architectures
@@ -17,7 +17,9 @@ PUBLISHED = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
 }
 OURS = ("shapes-sd3", "shapes-sd15")
+TINY = {"taesd": "madebyollin/taesd", "taesd3": "madebyollin/taesd3"}  # of Stable Diffusion 1.5 and 3
 _OWN_FOLDER = Path(shapes.__file__).parent / "checkpoints"
+_TINY_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 _CONFIGURATIONS = ("model_index.json", "shapes.json", "scheduler/*", "tokenizer*/*", "*/config.json")
 
 
@@ -39,6 +41,11 @@ class Checkpoint:
     source: Source
     variant: str | None = None
     hub: Hub | None = None  # None: everything is in the folder
+    tiny: Path | None = None  # the folder of a tiny VAE, which is its own checkpoint
+
+    def of(self, component: str) -> Path:
+        """The folder in which `part_of(component)` is."""
+        return self.tiny if component == TINY_DECODER and self.tiny else self.folder
 
     @property
     def ours(self) -> bool:
@@ -53,7 +60,7 @@ class Checkpoint:
         ExportError
             If they cannot be had.
         """
-        parts = sorted({part_of(component) for component in components})
+        parts = sorted({part_of(component) for component in components if component != TINY_DECODER})
         files = f"*.{self.variant}*.safetensors" if self.variant else "*.safetensors"
         if self.hub is not None:
             _download(
@@ -72,12 +79,16 @@ class Checkpoint:
 
 def part_of(component: str) -> str:
     """The checkpoint's folder of a component."""
+    if component == TINY_DECODER:
+        return "."
     return "vae" if component.startswith("vae") else component
 
 
 def read_config(folder: Path, component: str) -> dict[str, Any]:
     """A component's config.json; ExportError if it is missing."""
     file = folder / part_of(component) / "config.json"
+    if not file.is_file() and component == TINY_DECODER:
+        raise ExportError(f"--tiny-vae: {file} is missing; give {', '.join(TINY)}, a folder of a tiny VAE, or a hub id")
     if not file.is_file():
         raise ExportError(
             f"{file}: missing, so the checkpoint has no {component}; "
@@ -112,12 +123,24 @@ def find(model: str, hub: Hub, variant: str | None) -> Checkpoint:
     return Checkpoint(folder, name, Source(identity, folder.name), variant, hub)
 
 
-def random(model: str, folder: Path) -> Checkpoint:
-    """A checkpoint without weights in `folder`: the configurations of a named architecture."""
+def find_tiny(name: str, hub: Hub) -> Path:
+    """The folder of the tiny VAE that `name` means, downloaded if it is on the hub; ExportError if it cannot be had."""
+    if Path(name).is_dir():
+        return Path(name).resolve()
+    return _download(TINY.get(name, name), Hub(None, hub.cache_dir, hub.offline), [*_TINY_FILES], [])
+
+
+def random(model: str, folder: Path, tiny: str | None = None) -> Checkpoint:
+    """A checkpoint without weights in `folder`: the configurations of a named architecture, and of a tiny VAE."""
     if model not in architectures.CONFIGURATIONS:
         raise ExportError(f"--random-weights knows {', '.join(architectures.CONFIGURATIONS)}, not {model}")
     architectures.write(model, folder)
-    return Checkpoint(folder, model, Source(PUBLISHED[model], random_weights=True))
+    if tiny is not None and tiny not in TINY:
+        raise ExportError(f"--tiny-vae {tiny}: --random-weights knows {', '.join(TINY)}")
+    if tiny is not None:
+        architectures.write_tiny(tiny, folder / TINY_DECODER)
+    source = Source(PUBLISHED[model], random_weights=True)
+    return Checkpoint(folder, model, source, tiny=None if tiny is None else folder / TINY_DECODER)
 
 
 def _download(identity: str, hub: Hub, allow: list[str], ignore: list[str]) -> Path:

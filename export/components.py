@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, SD3Transformer2DModel, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel, T5EncoderModel
 
-from runtime.facts import Facts, Tensor
+from runtime.facts import TINY_DECODER, Facts, Tensor
 
 from .checkpoint import part_of, read_config
 
@@ -31,6 +31,7 @@ _MODELS: dict[str, type[Any]] = {
     "transformer": SD3Transformer2DModel,
     "vae_decoder": AutoencoderKL,
     "vae_encoder": AutoencoderKL,
+    TINY_DECODER: AutoencoderTiny,
     "text_encoder": CLIPTextModelWithProjection,
     "text_encoder_2": CLIPTextModelWithProjection,
     "text_encoder_3": T5EncoderModel,
@@ -65,6 +66,7 @@ class Contract:
     tolerance: Mapping[str, float] = field(default_factory=lambda: dict(TOLERANCE))  # per precision
     vocabulary: int = 0  # text encoders: number of tokens
     end: int = 0  # text encoders: the token that ends a prompt
+    zeros: int = 0  # backbones: text tokens at the end that are zero vectors
 
     def samples(self, rows: int, seed: int = 0) -> tuple[np.ndarray, ...]:
         """One array per input: normal noise, timesteps that differ from row to row, prompts of differing length."""
@@ -87,7 +89,10 @@ class Contract:
             tokens = random.integers(3, self.vocabulary - 1, shape)
             lengths = random.integers(2, shape[1], (rows, 1))
             return np.where(np.arange(shape[1]) < lengths, tokens, self.end).astype(np.int64)
-        return random.standard_normal(shape).astype(np.float32)
+        sample = random.standard_normal(shape).astype(np.float32)
+        if tensor.name == "encoder_hidden_states" and self.zeros:
+            sample[:, -self.zeros :] = 0
+        return sample
 
 
 def contract(component: str, folder: Path, facts: Facts, height: int, width: int) -> Contract:
@@ -107,7 +112,7 @@ def contract(component: str, folder: Path, facts: Facts, height: int, width: int
         inputs = (_float("hidden_states", *latent), states, pooled, timestep)
         return Contract(component, inputs, (_float("out_hidden_states", *latent),))
     picture = (ROWS, config["out_channels"], height, width)
-    if component == "vae_decoder":
+    if component in ("vae_decoder", TINY_DECODER):
         return Contract(component, (_float("latent_sample", *latent),), (_float("sample", *picture),))
     moments = (ROWS, 2 * facts.latent.channels, *latent[2:])
     return Contract(component, (_float("sample", *picture),), (_float("latent_parameters", *moments),))
@@ -298,6 +303,17 @@ class Decoder(nn.Module):
         return (self.decoder(self.post_quant_conv(latent)),)
 
 
+class TinyDecoder(nn.Module):
+    """latent_sample (rows, C, h, w), as the backbone has them -> sample (rows, 3, H, W) in about [-1, 1]."""
+
+    def __init__(self, vae: AutoencoderTiny) -> None:
+        super().__init__()
+        self.decoder, self.scaling, self.shift = vae.decoder, vae.config.scaling_factor, vae.config.shift_factor
+
+    def forward(self, latent: torch.Tensor) -> tuple[torch.Tensor]:
+        return (self.decoder(latent / self.scaling + self.shift),)
+
+
 class Encoder(nn.Module):
     """sample (rows, 3, H, W) in [-1, 1] -> latent_parameters (rows, 2 C, h, w): mean and log variance."""
 
@@ -315,5 +331,6 @@ _WRAPPERS: dict[str, type[nn.Module]] = {
     "transformer": Transformer,
     "vae_decoder": Decoder,
     "vae_encoder": Encoder,
+    TINY_DECODER: TinyDecoder,
     "text_encoder_3": T5,
 }

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from runtime.bundle import describe
-from runtime.facts import BACKBONE, REQUIRED, Defaults, Facts
+from runtime.facts import BACKBONE, REQUIRED, TINY_DECODER, Defaults, Facts
 from runtime.parse import load_json
 
 from . import ExportError
@@ -67,6 +67,17 @@ class Plan:
         return BACKBONE[self.facts.family]
 
     @property
+    def equal_tokens(self) -> int:
+        """Text tokens that are computed once, for they are always equal: T5's where there is none, on the CPU.
+
+        On others a head of 65 numbers is no gain. SD 3.5 normalises heads: see `export.merged`.
+        """
+        count = self.facts.text.t5_tokens
+        if self.t5 or self.target != "cpu" or self.backbone != "transformer" or count < 2:
+            return 0
+        return 0 if read_config(self.checkpoint.folder, self.backbone).get("qk_norm") else count
+
+    @property
     def calibrated(self) -> bool:
         """Whether the backbone is quantised with activations, for which the rest of the bundle draws first."""
         return self.precisions.get(self.backbone) in CALIBRATED
@@ -93,14 +104,17 @@ def make(checkpoint: Checkpoint, options: Options) -> Plan:
     if t5 and checkpoint.source.random_weights:
         raise ExportError(f"--t5 {options.t5}: --random-weights has no T5; leave one of them out")
     text = ("text_encoder", "text_encoder_2")[: 2 if facts.family == "sd3" else 1] + (("text_encoder_3",) if t5 else ())
-    known = (*text, BACKBONE[facts.family], "vae_decoder", "vae_encoder")
+    tiny = () if checkpoint.tiny is None else (TINY_DECODER,)
+    known = (*text, BACKBONE[facts.family], "vae_decoder", "vae_encoder", *tiny)
     chosen = options.components or known
     if strangers := [name for name in chosen if name not in known]:
         hint = " (it needs --t5)" if strangers[0] == "text_encoder_3" else ""
         raise ExportError(f"--components {strangers[0]}: this model has {', '.join(known)}{hint}")
     chosen = tuple(name for name in known if name in chosen)
     for name in chosen:
-        read_config(folder, name)
+        read_config(checkpoint.of(name), name)
+    if TINY_DECODER in chosen:
+        _check_tiny(checkpoint, facts)
     option = "--rows" if options.rows else "-k" if options.directions and rows else None
     if option and BACKBONE[facts.family] not in chosen:
         raise ExportError(
@@ -135,6 +149,19 @@ def make(checkpoint: Checkpoint, options: Options) -> Plan:
         _pictures(dtype, whole and not checkpoint.source.random_weights, options.pictures),
         _tile(facts, options.vae_tile, max(height, width), "vae_decoder" in chosen),
     )
+
+
+def _check_tiny(checkpoint: Checkpoint, facts: Facts) -> None:
+    """ExportError for a tiny VAE of another kind of latents."""
+    config = read_config(checkpoint.of(TINY_DECODER), TINY_DECODER)
+    kind, channels = config.get("_class_name"), config.get("latent_channels")
+    factor = 2 ** (len(config.get("decoder_block_out_channels", ())) - 1)
+    if kind != "AutoencoderTiny" or (channels, factor) != (facts.latent.channels, facts.latent.factor):
+        raise ExportError(
+            f"--tiny-vae: {checkpoint.tiny} is {kind} of {channels} channels, {factor} pixels a latent; {facts.name} "
+            f"needs an AutoencoderTiny of {facts.latent.channels} and {facts.latent.factor}: taesd for Stable "
+            "Diffusion 1.5, taesd3 for 3"
+        )
 
 
 def _tile(facts: Facts, pixels: int | None, side: int, decoder: bool) -> int | None:
@@ -210,7 +237,7 @@ def predict(plan: Plan) -> dict[str, dict[str, int]]:
 
     predicted = {}
     for component, at in plan.precisions.items():
-        parameters = count_parameters(component, plan.checkpoint.folder, plan.facts)
+        parameters = count_parameters(component, plan.checkpoint.of(component), plan.facts)
         disk = int(parameters * _BYTES.get(at, 2))
         traced = int(parameters * _BYTES.get(TRACED.get(at, at), 2))
         passing = parameters * 4 if at == "bf16" else traced if traced != disk else 0

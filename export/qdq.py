@@ -14,6 +14,7 @@ import os
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,8 +22,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime
-from onnx import TensorProto, helper
-from onnxruntime.quantization import CalibrationMethod, QuantType
+from onnx import TensorProto, helper, numpy_helper
+from onnx.external_data_helper import load_external_data_for_tensor
+from onnxruntime.quantization import CalibrationMethod, QuantType, StaticQuantConfig
 from onnxruntime.quantization.calibrate import TensorData, TensorsData
 from onnxruntime.quantization.execution_providers.qnn import get_qnn_qdq_config
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
@@ -86,13 +88,15 @@ def quantise(
             same = _counterparts(plain, model, path)
             found = {same.get(name, name): bounds for name, bounds in ranges.items()}
             spared = kept(model) | {same.get(name, name) for name in keep}
-            onnx.load_external_data_for_model(model, str(folder))
-            model = _quantised(model, found, activations, spared)
+            config = _configuration(model, activations, spared)
+            whole = _stand_in(model, path, spared)
+            made = _fill(ir.from_proto(_quantised(model, config, found)), whole)
             written = Path(scratch) / path.name
             if path == first:
-                save(ir.from_proto(model), written)
+                save(made, written)
             else:
-                save_sharing(ir.from_proto(model), written, Path(scratch) / first.name)
+                save_sharing(made, written, Path(scratch) / first.name)
+            del made, whole  # whose weights lie in the file that is replaced
         gc.collect()  # Windows renames no file that is still mapped
         for written in sorted(Path(scratch).iterdir()):
             os.replace(written, folder / written.name)
@@ -197,10 +201,8 @@ def _counterparts(first: onnx.ModelProto, model: onnx.ModelProto, path: Path) ->
     return same
 
 
-def _quantised(
-    model: onnx.ModelProto, ranges: Mapping[str, Range], activations: str, spared: Collection[str]
-) -> onnx.ModelProto:
-    """The graph with QDQ nodes; `spared`: nodes and operators that get none."""
+def _configuration(model: onnx.ModelProto, activations: str, spared: Collection[str]) -> StaticQuantConfig:
+    """What the quantiser is told, of a skeleton; `spared`: nodes and operators that get no QDQ nodes."""
     nodes = [node.name for node in model.graph.node if node.name in spared or node.op_type in spared]
     weights = {tensor.name for tensor in model.graph.initializer}
     told = {
@@ -208,7 +210,7 @@ def _quantised(
         for node in model.graph.node
         if node.op_type in _WEIGHTS and node.input[1] in weights and node.name not in nodes
     }
-    config = get_qnn_qdq_config(
+    return get_qnn_qdq_config(
         model,
         None,
         activation_type=_TYPES[activations],
@@ -217,6 +219,10 @@ def _quantised(
         nodes_to_exclude=nodes,
         init_overrides=told,
     )
+
+
+def _quantised(model: onnx.ModelProto, config: StaticQuantConfig, ranges: Mapping[str, Range]) -> onnx.ModelProto:
+    """The graph with QDQ nodes."""
     bounds = {
         name: TensorData(lowest=np.float32(seen.low), highest=np.float32(seen.high)) for name, seen in ranges.items()
     }
@@ -228,10 +234,67 @@ def _quantised(
         config.activation_type,
         TensorsData(CalibrationMethod.MinMax, bounds),
         config.nodes_to_quantize or [],
-        nodes,
+        config.nodes_to_exclude or [],
         config.op_types_to_quantize,
         config.extra_options,
     ).quantize_model()
+
+
+def _stand_in(model: onnx.ModelProto, path: Path, spared: Collection[str]) -> dict[str, tuple[ir.TensorProtocol, int]]:
+    """Gives a skeleton its data, but of each weight that will be quantised only the ends of every output channel.
+
+    The quantiser, which holds several copies of what it is given, takes scales from these. Gives the weights in whole,
+    in their file, and the axis of their output channels.
+    """
+    stored = ir.load(path).graph.initializers
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    whole = {}
+    for tensor in model.graph.initializer:
+        axes = {_channels(node, tensor, spared) for node in readers.get(tensor.name, ())}
+        axis = axes.pop() if len(axes) == 1 else None
+        if axis is None:
+            if tensor.data_location == TensorProto.EXTERNAL:
+                load_external_data_for_tensor(tensor, str(path.parent))
+            continue
+        weight = stored[tensor.name].const_value
+        assert weight is not None
+        values = np.moveaxis(weight.numpy(), axis, 0).reshape(weight.shape[axis], -1)
+        ends = np.stack([values.min(1), values.max(1)], 1).reshape(-1, 2, *[1] * (len(weight.shape) - 2))
+        tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(np.moveaxis(ends, 0, axis)), tensor.name))
+        whole[tensor.name] = (weight, axis)
+    return whole
+
+
+def _channels(node: onnx.NodeProto, tensor: onnx.TensorProto, spared: Collection[str]) -> int | None:
+    """The axis of the output channels of a weight that a node multiplies with; None if it is no weight, or spared."""
+    if node.op_type not in _PRODUCTS or {node.name, node.op_type} & set(spared) or node.input[1] != tensor.name:
+        return None
+    if tensor.data_location != TensorProto.EXTERNAL or list(node.input).count(tensor.name) != 1:
+        return None
+    if node.op_type == "Gemm":
+        return 0 if any(one.name == "transB" and one.i for one in node.attribute) else 1
+    return {"Conv": 0, "MatMul": 1}[node.op_type] if len(tensor.dims) > 1 else None
+
+
+def _fill(model: ir.Model, whole: Mapping[str, tuple[ir.TensorProtocol, int]]) -> ir.Model:
+    """Puts the weights, quantised when they are written, in the places of their ends."""
+    constants = model.graph.initializers
+    for name, (weight, axis) in whole.items():
+        value, scale = constants[f"{name}_quantized"], constants[f"{name}_scale"].const_value
+        assert scale is not None
+        others = [i for i in range(len(weight.shape)) if i != axis]
+
+        rounded = partial(_rounded, weight, np.expand_dims(scale.numpy(), others))
+        value.const_value = ir.LazyTensor(rounded, dtype=ir.DataType.INT8, shape=weight.shape, name=value.name)
+        value.shape = weight.shape
+    return model
+
+
+def _rounded(weight: ir.TensorProtocol, steps: np.ndarray) -> ir.Tensor:
+    return ir.tensor(np.clip(np.rint(weight.numpy() / steps), -128, 127).astype(np.int8))
 
 
 @contextmanager

@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from runtime.facts import BACKBONE
+from runtime.facts import BACKBONE, TINY_DECODER
 
 from . import ExportError
 
-_VAE = ("vae_decoder", "vae_encoder")
+_VAE = ("vae_decoder", "vae_encoder", TINY_DECODER)
 DTYPES = ("fp32", "fp16", "bf16", "int8", "w8a16", "int8-weights", "int4-weights")  # see export.components
 CALIBRATED: Mapping[str, Literal["uint8", "uint16"]] = {"int8": "uint8", "w8a16": "uint16"}  # activations
 _BITS = DTYPES[-2:]  # MatMulNBits: CPU, CUDA and WebGPU have kernels for both; DirectML for 4 bits, the NPUs for none
@@ -111,8 +111,6 @@ def precision(component: str, dtype: str, name: str, t5: str = "fp16") -> str:
     """The precision of a component in a bundle of a dtype, with a T5 of its own, for a target."""
     if component == "text_encoder_3":
         return _T5[t5]
-    if dtype == "int8" and component == "transformer" and not TARGETS[name].static:
-        return "int8-weights"  # by rows: no calibration, and closer (shapes-sd3: 49 dB against 44), but slower products
     if dtype == "fp32" or component in BACKBONE.values():
         return dtype
     return TARGETS[name].vae if component in _VAE else "fp16-weights"

@@ -18,7 +18,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class Job:
     task: str  # export | parity | calibrate | picture
     component: str
     checkpoint: str  # folder
+    source: str  # folder of the checkpoint that has the component: the same but for a tiny VAE
     folder: str  # of the component, in the bundle that is being written
     result: str  # JSON file that the worker leaves behind: what it found, or {"failure": one line}
     precision: str
@@ -58,6 +59,7 @@ class Job:
     directions: int
     opset: int
     t5_tokens: int
+    equal_tokens: int = 0  # text tokens at the end, always equal, that the graph computes once: see `export.merged`
     target: str = "cpu"
     rows: tuple[int, ...] = ()  # a graph of each; (): one graph of any number
     variant: str | None = None
@@ -96,7 +98,11 @@ def _task(name: str) -> Callable[[Job], dict[str, Any]]:
 
 def export(job: Job) -> dict[str, Any]:
     """Writes the graphs, their data file and, at a small size, those for parity; gives what bundle.json says."""
+    from . import merged
+
     facts, module = open_module(job)
+    if job.equal_tokens:
+        module.model = merged.Merged(module.model, facts.text.clip_tokens, job.equal_tokens)
     agreed = _contract(job, facts, job.height, job.width)
     found = [_export_graph(job, facts, module, rows) for rows in job.rows or (None,)]
     del module
@@ -194,7 +200,8 @@ def calibrate(job: Job) -> dict[str, Any]:
     folder = Path(job.folder)
     macs = sum(Bundle.open(folder.parent).facts.components[job.component].macs.values())
     files = {rows: _graph_file(job, GRAPH, rows) for rows in job.rows or (None,)}
-    feeds = record(folder.parent, prompts=job.prompts, count=max(FEWEST, min(CALLS, WORK // (2 * macs))))
+    count = max(FEWEST, min(CALLS, WORK // (2 * macs)))
+    feeds = record(folder.parent, prompts=job.prompts, count=count, sparing=count == FEWEST)
     apart = feeds[HELD_OUT - 1 :: HELD_OUT]
     held = {name: np.concatenate([feed[name] for feed in apart]) for name in feeds[0]}
     expected = [_answers(file, held, rows) for rows, file in files.items()]
@@ -305,23 +312,24 @@ def open_module(job: Job) -> tuple[Any, Any]:
 
     from .components import module
 
-    folder = Path(job.checkpoint)
+    folder, source = Path(job.checkpoint), Path(job.source)
     facts = describe(folder, folder.name, Source(str(folder)), t5_tokens=job.t5_tokens)
     try:
-        return facts, module(job.component, folder, facts, job.precision, job.variant, job.random)
+        return facts, module(job.component, source, facts, job.precision, job.variant, job.random)
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         if "allocate memory" in str(error):  # told by the exporter
             raise
         line = " ".join(str(error).split())
         raise ExportError(
-            f"{job.component}: its weights in {folder} cannot be loaded ({line:.300}); download the checkpoint again"
+            f"{job.component}: its weights in {source} cannot be loaded ({line:.300}); download the checkpoint again"
         ) from error
 
 
 def _contract(job: Job, facts: Any, height: int, width: int) -> Any:
     from .components import contract
 
-    return contract(job.component, Path(job.checkpoint), facts, height, width)
+    made = contract(job.component, Path(job.source), facts, height, width)
+    return replace(made, zeros=job.equal_tokens)
 
 
 def _end_with_parent() -> None:

@@ -281,7 +281,7 @@ def write_configurations(plan: Plan, folder: Path) -> None:
             _complete_tokenizer(folder / tokenizer.name, tokenizer)
     # The backbone and the VAE decoder say how large latents are: their configurations belong to every bundle.
     for component in {*plan.precisions, "vae_decoder", "unet" if plan.facts.family == "sd15" else "transformer"}:
-        config = read_config(source, component)
+        config = read_config(plan.checkpoint.of(component), component)
         if part_of(component) == "vae":  # Optimum takes another default where the scale is left out
             config |= {"scaling_factor": plan.facts.latent.scaling}
         (folder / component).mkdir()
@@ -397,6 +397,7 @@ def _job(
         task=task,
         component=component,
         checkpoint=str(plan.checkpoint.folder),
+        source=str(plan.checkpoint.of(component)),
         folder=str(partial / component),
         result=str(notes / f"{component}.{task}.json"),
         precision=at,
@@ -405,6 +406,7 @@ def _job(
         directions=plan.directions,
         opset=plan.opset,
         t5_tokens=plan.facts.text.t5_tokens,
+        equal_tokens=plan.equal_tokens if component == plan.backbone else 0,
         target=plan.target,
         rows=plan.rows[component],
         variant=plan.checkpoint.variant,

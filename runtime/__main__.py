@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
+    from epd import Step
+
     from .bundle import Bundle
-    from .pipeline import Pipeline, Report, Result
+    from .pipeline import Pipeline
     from .plan import Plan
+    from .report import Report, Result
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,6 +65,64 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(prog="python -m runtime", description="Pictures from a bundle, without torch.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    _add_generate(commands)
+    _add_fit(commands)
+
+    known = commands.add_parser("solvers", help="list what --solver takes")
+    known.set_defaults(run=_solvers)
+    known.add_argument("--json", action="store_true", help="print a list of objects on stdout")
+
+    look = commands.add_parser("inspect", help="show what a bundle holds")
+    look.set_defaults(run=_inspect)
+    look.add_argument("folder", metavar="DIR", nargs="?", help="a bundle (default: shapes-sd3)")
+    look.add_argument(
+        "--verify", action="store_true", help="compare the SHA-256 of every file, load every graph and tokenizer"
+    )
+    look.add_argument("--provider", metavar="NAME", help="load every graph on it and show where each operator runs")
+    look.add_argument("--provider-option", action="append", default=[], metavar="KEY=VALUE", help="may be repeated")
+    look.add_argument("--json", action="store_true", help="print one object on stdout")
+
+    for others in (advice, devices, cachelist):
+        others.add_commands(commands)
+    return parser
+
+
+def _path(text: str) -> Path:
+    if not text:  # which Path takes for the current folder
+        raise argparse.ArgumentTypeError("is empty; give a path, or leave the option out")
+    return Path(text)
+
+
+def _add_fallback(command: argparse.ArgumentParser) -> None:
+    either = command.add_mutually_exclusive_group()
+    either.add_argument(
+        "--strict",
+        dest="fallback",
+        action="store_const",
+        const="never",
+        default="limited",
+        help="every node of every component on the provider, or an error (default: 90 %% of the backbone's compute)",
+    )
+    either.add_argument(
+        "--allow-fallback",
+        dest="fallback",
+        action="store_const",
+        const="allowed",
+        help="what the provider cannot run may run on the CPU, however much; it is told",
+    )
+
+
+def _add_low_memory(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--low-memory",
+        action="store_true",
+        help="CPU: fp32 weights stay in their files, and every network is released once its work is done",
+    )
+
+
+def _add_generate(commands: Any) -> None:
+    from . import advice
 
     draw = commands.add_parser("generate", help="draw pictures of a prompt")
     draw.set_defaults(run=_generate)
@@ -116,62 +177,16 @@ def _parser() -> argparse.ArgumentParser:
         "measured before; else batch)",
     )
     draw.add_argument(
+        "--preview",
+        type=_path,
+        metavar="PNG",
+        help="after every step, write here what the (first) picture will roughly be, by the bundle's tiny VAE decoder "
+        "if it has one",
+    )
+    draw.add_argument(
         "-o", "--output", type=_path, metavar="PNG", help="file, or folder (default: MODEL-SEED.png here)"
     )
     draw.add_argument("--json", action="store_true", help="print one object on stdout")
-
-    _add_fit(commands)
-
-    known = commands.add_parser("solvers", help="list what --solver takes")
-    known.set_defaults(run=_solvers)
-    known.add_argument("--json", action="store_true", help="print a list of objects on stdout")
-
-    look = commands.add_parser("inspect", help="show what a bundle holds")
-    look.set_defaults(run=_inspect)
-    look.add_argument("folder", metavar="DIR", nargs="?", help="a bundle (default: shapes-sd3)")
-    look.add_argument(
-        "--verify", action="store_true", help="compare the SHA-256 of every file, load every graph and tokenizer"
-    )
-    look.add_argument("--provider", metavar="NAME", help="load every graph on it and show where each operator runs")
-    look.add_argument("--provider-option", action="append", default=[], metavar="KEY=VALUE", help="may be repeated")
-    look.add_argument("--json", action="store_true", help="print one object on stdout")
-
-    for others in (advice, devices, cachelist):
-        others.add_commands(commands)
-    return parser
-
-
-def _path(text: str) -> Path:
-    if not text:  # which Path takes for the current folder
-        raise argparse.ArgumentTypeError("is empty; give a path, or leave the option out")
-    return Path(text)
-
-
-def _add_fallback(command: argparse.ArgumentParser) -> None:
-    either = command.add_mutually_exclusive_group()
-    either.add_argument(
-        "--strict",
-        dest="fallback",
-        action="store_const",
-        const="never",
-        default="limited",
-        help="every node of every component on the provider, or an error (default: 90 %% of the backbone's compute)",
-    )
-    either.add_argument(
-        "--allow-fallback",
-        dest="fallback",
-        action="store_const",
-        const="allowed",
-        help="what the provider cannot run may run on the CPU, however much; it is told",
-    )
-
-
-def _add_low_memory(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--low-memory",
-        action="store_true",
-        help="CPU: fp32 weights stay in their files, and every network is released once its work is done",
-    )
 
 
 def _add_fit(commands: Any) -> None:
@@ -234,10 +249,10 @@ def _generate(options: argparse.Namespace) -> None:
     asked |= planned
     plan = pipe.plan(**asked)
     files = _files(options.output, plan, pipe.bundle)
-    for file in files:
+    for file in [*files, *filter(None, [options.preview])]:
         png.check_writable(file)
     _warn_of_memory(pipe, plan)
-    result = _draw(pipe, plan)
+    result = _draw(pipe, plan, options.preview)
     for file, image, seed in zip(files, result.images, plan.seeds, strict=True):
         png.save(image, file, _parameters(pipe.bundle, result, seed))
     if (placed := pipe.assignment) is not None and placed.share == 1:  # else it was told by a warning
@@ -285,11 +300,21 @@ def _warn_of_memory(pipe: Pipeline, plan: Plan) -> None:
     )
 
 
-def _draw(pipe: Pipeline, plan: Plan) -> Result:
+def _draw(pipe: Pipeline, plan: Plan, preview: Path | None) -> Result:
     from tqdm import tqdm
 
+    from . import png
+    from .pipeline import picture_of
+
     with tqdm(total=plan.steps, unit="step", disable=None, leave=False) as bar:  # None: on a terminal only
-        return pipe.draw(plan, callback_on_step_end=lambda step: bar.update(1))
+
+        def done(step: Step) -> None:
+            bar.update(1)
+            if preview is not None:
+                x = step.denoised[:1] / plan.end_scale
+                png.save(picture_of(pipe.preview(x)[0]), preview)
+
+        return pipe.draw(plan, callback_on_step_end=done)
 
 
 def _asked(options: argparse.Namespace) -> dict[str, Any]:

@@ -23,6 +23,7 @@ _MOST = 2**20  # of any whole number below: more is a damaged file
 
 Family = Literal["sd3", "sd15"]
 BACKBONE: dict[Family, str] = {"sd3": "transformer", "sd15": "unet"}
+TINY_DECODER = "tiny_vae_decoder"  # of previews; takes latents as the backbone has them
 REQUIRED: dict[Family, tuple[str, ...]] = {
     "sd3": ("text_encoder", "text_encoder_2", "transformer", "vae_decoder"),
     "sd15": ("text_encoder", "unet", "vae_decoder"),

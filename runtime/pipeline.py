@@ -13,7 +13,6 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,9 +27,9 @@ from .amd_session import LIGHT, asked
 from .assignment import Assignment, Fallback, fallback_of, summary
 from .bundle import Bundle
 from .cachekey import drivers
-from .directions import Directions, check, settle
+from .directions import check, settle
 from .errors import NotFiniteError, ProviderError, RequestError
-from .facts import REQUIRED
+from .facts import REQUIRED, TINY_DECODER
 from .footprint import predict
 from .memory import peak_rss_bytes
 from .noise import Stream
@@ -38,6 +37,7 @@ from .ort import base_wheels, installed, onnxruntime
 from .plan import Plan, make_plan
 from .profiles import Profile, machine
 from .providers import CPU, check_options, provider_of
+from .report import Clock, Report, Result
 from .session import Session, check_low_memory
 from .slopes import Slopes, directions_of
 from .text import conditioning
@@ -45,35 +45,6 @@ from .text import conditioning
 BUILT_IN = Path(__file__).parent / "bundles"  # package data
 DEFAULT = "shapes-sd3"
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a drawing did and cost; `generate --json` prints it, with the paths of the pictures in front."""
-
-    seeds: tuple[int, ...]
-    prompt: str
-    solver: str
-    steps: int
-    sequential_calls: int  # requests answered, one after the other
-    total_evaluations: int  # points answered, per image
-    guided_forwards: int  # rows the backbone really evaluated, all images
-    guidance_interval: tuple[float, float] | None  # sigma; None: guided everywhere, or nowhere
-    provider: Mapping[str, Any]  # asked, ran, retries; nodes, macs_share, fallbacks: see `assignment.summary`
-    directions: Directions
-    seconds: Mapping[str, float]  # load, compile (0: cached), encode, [measure,] denoise, decode, total, per_call
-    predicted_rss_bytes: int | None  # see `runtime.footprint`; None: another provider, or the bundle does not say
-    peak_rss_bytes: int | None  # of this process so far; None where the system does not tell
-    bundle: Mapping[str, str | None]  # name, sha256 of bundle.json
-
-
-@dataclass(frozen=True)
-class Result:
-    """`images`: PIL pictures, or (B, H, W, 3) float32 in [0, 1], or latents (B, C, h, w) float32."""
-
-    images: Any
-    plan: Plan
-    report: Report
 
 
 class Pipeline:
@@ -124,6 +95,7 @@ class Pipeline:
         self._fallback = fallback_of(fallback)
         self._process = peak_rss_bytes()
         self._tiled = False  # whether it was told
+        self.preview_seconds = 0.0  # spent so far
         self._sessions: dict[str, Session] = {}
         self._profiles: dict[tuple[int, ...], Profile] = {}  # by the shape of the latents
 
@@ -272,7 +244,7 @@ class Pipeline:
         output_type: Literal["pil", "np", "latent"],
         callback_on_step_end: Callable[[epd.Step], None] | None,
     ) -> Result:
-        clock = _Clock(self)
+        clock = Clock(self)
         with _stage("while encoding"):
             slopes = self.slopes([plan.prompt], plan.guidance, plan.negative_prompt, plan.guidance_interval)
         clock.lap("encode")
@@ -304,7 +276,7 @@ class Pipeline:
         with _stage("while decoding"):
             images: Any = x.astype(np.float32) if output_type == "latent" else self.decode(x)
         if output_type == "pil":
-            images = [Image.fromarray(np.rint(image * 255).astype(np.uint8)) for image in images]
+            images = [picture_of(image) for image in images]
         clock.lap("decode")
         return Result(images, plan, self._report(plan, step, slopes, clock))
 
@@ -353,9 +325,22 @@ class Pipeline:
         def run(part: NDArray[np.float64]) -> NDArray[Any]:
             return decoder(latent_sample=part, want=["sample"])["sample"]
 
-        pictures = np.concatenate([tiling.decode(run, row[None], tile) for row in scaled])
-        pixels: NDArray[np.float32] = np.clip(pictures.astype(np.float32) / 2 + np.float32(0.5), 0, 1)
-        return pixels.transpose(0, 2, 3, 1)
+        return _pixels(np.concatenate([tiling.decode(run, row[None], tile) for row in scaled]))
+
+    def preview(self, x: NDArray[np.float64]) -> NDArray[np.float32]:
+        """As `decode`, roughly and fast, by the bundle's tiny VAE decoder; by the whole one where it has none.
+
+        For `Step.denoised / plan.end_scale` in a `callback_on_step_end`, whose time it keeps out of the denoising's.
+        """
+        tiny = TINY_DECODER in self.bundle.facts.components
+        session = self._session(TINY_DECODER if tiny else "vae_decoder").load()
+        if not tiny and not self.preview_seconds:
+            log.warning("%s has no tiny VAE decoder: each preview is a whole decoding", self.bundle.facts.name)
+        started = time.perf_counter()
+        try:
+            return _pixels(session(latent_sample=x, want=["sample"])["sample"]) if tiny else self.decode(x)
+        finally:
+            self.preview_seconds += time.perf_counter() - started
 
     @property
     def assignment(self) -> Assignment | None:
@@ -416,7 +401,7 @@ class Pipeline:
             )
         return self._sessions[name]
 
-    def _settle(self, plan: Plan, slopes: Slopes, x: NDArray[np.float64], clock: _Clock) -> None:
+    def _settle(self, plan: Plan, slopes: Slopes, x: NDArray[np.float64], clock: Clock) -> None:
         """The way to run the plan's directions, x (B, C, h, w) its first state; the clock has what measuring took."""
         times = plan.times[0] * np.linspace(1, 0.9, plan.points)  # each of its own, as in the requests to come
         profile = self.profile(plan)
@@ -430,7 +415,7 @@ class Pipeline:
                 slopes.backbone.path,
             )
 
-    def _report(self, plan: Plan, last: epd.Step, slopes: Slopes, clock: _Clock) -> Report:
+    def _report(self, plan: Plan, last: epd.Step, slopes: Slopes, clock: Clock) -> Report:
         assignments = [session.assignment for session in self._sessions.values()]
         facts, ran = self.bundle.facts, [slopes.sessions[index] for index in sorted(slopes.ran)]
         return Report(
@@ -476,6 +461,17 @@ def find(model: str | Path) -> Path:
     return Path(model)
 
 
+def _pixels(pictures: NDArray[Any]) -> NDArray[np.float32]:
+    """(B, 3, H, W) in [-1, 1], or a little beyond, to (B, H, W, 3) in [0, 1]."""
+    pixels: NDArray[np.float32] = np.clip(pictures.astype(np.float32) / 2 + np.float32(0.5), 0, 1)
+    return pixels.transpose(0, 2, 3, 1)
+
+
+def picture_of(pixels: NDArray[np.float32]) -> Image.Image:
+    """Of one image, (H, W, 3) in [0, 1]."""
+    return Image.fromarray(np.rint(pixels * 255).astype(np.uint8))
+
+
 def _given(plan: Plan, latents: ArrayLike) -> NDArray[np.float64]:
     """The start noise that was given in place of the seeds'."""
     given = np.asarray(latents, np.float64)
@@ -484,36 +480,3 @@ def _given(plan: Plan, latents: ArrayLike) -> NDArray[np.float64]:
     if not np.isfinite(given).all():
         raise RequestError("latents must be finite numbers, got NaN or infinity")
     return given
-
-
-class _Clock:
-    """Seconds of each stage, the loading and compiling of sessions apart; and the calls that were made again."""
-
-    def __init__(self, pipeline: Pipeline) -> None:
-        self._pipeline = pipeline
-        self._stages: dict[str, float] = {}
-        self._started = self._lap = time.perf_counter()
-        self._ready = self._before = self._starting()
-        self._retried = self._retries()
-
-    def _starting(self) -> NDArray[np.float64]:
-        """(2,) seconds of loading and of compiling, of all sessions so far."""
-        spent = [(session.load_seconds, session.compile_seconds) for session in self._pipeline._sessions.values()]
-        total: NDArray[np.float64] = np.asarray(spent, np.float64).reshape(-1, 2).sum(0)
-        return total
-
-    def _retries(self) -> int:
-        return sum(session.retries for session in self._pipeline._sessions.values())
-
-    def retries(self) -> int:
-        return self._retries() - self._retried
-
-    def lap(self, stage: str) -> None:
-        now, ready = time.perf_counter(), self._starting()
-        self._stages[stage] = now - self._lap - float((ready - self._ready).sum())
-        self._lap, self._ready = now, ready
-
-    def seconds(self, calls: int) -> dict[str, float]:
-        load, compiling = (self._ready - self._before).tolist()
-        spent = {"load": load, "compile": compiling, **self._stages}
-        return spent | {"total": self._lap - self._started, "per_call": self._stages["denoise"] / calls}

@@ -82,10 +82,11 @@ def read_parameters(file: Path) -> tuple[str, str, dict[str, str]]:
         raise RequestError(f"{file}: {error}") from None
 
 
-def save(image: Image.Image, file: Path, parameters: str) -> None:
-    """Writes a PNG with its parameters, to a temporary name first; OSError leaves nothing behind."""
+def save(image: Image.Image, file: Path, parameters: str | None = None) -> None:
+    """Writes a PNG with its parameters, if any, to a temporary name first; OSError leaves nothing behind."""
     info = PngImagePlugin.PngInfo()
-    info.add_text(CHUNK, parameters)
+    if parameters is not None:
+        info.add_text(CHUNK, parameters)
     partial = _partial(file)
     try:
         image.save(partial, format="PNG", pnginfo=info)

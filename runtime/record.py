@@ -18,7 +18,7 @@ from .tables import load_table
 if TYPE_CHECKING:
     import epd
 
-    from .pipeline import Report
+    from .report import Report
 
 log = logging.getLogger(__name__)
 _HASH = 16  # digits kept of a SHA-256

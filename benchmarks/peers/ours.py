@@ -13,8 +13,9 @@ from turn import Parent, Ready, serve, versions
 def load(job: dict[str, Any]) -> Ready:
     import numpy as np
 
+    from runtime.bundle import Bundle
     from runtime.ort import base_wheels, onnxruntime
-    from runtime.pipeline import Pipeline
+    from runtime.pipeline import Pipeline, find
     from runtime.providers import CPU
     from runtime.session import Session, default_options
 
@@ -22,16 +23,15 @@ def load(job: dict[str, Any]) -> Ready:
     if job["threads_given"]:
         options = default_options(onnxruntime(), CPU)
         options.intra_op_num_threads = job["threads"]
-    pipe = Pipeline.from_pretrained(job["folder"], session_options=options)
-    facts = pipe.bundle.facts
+    bundle = Bundle.open(find(job["folder"]))
     told: dict[str, Any] = {
-        "precision": facts.components[pipe.bundle.backbone].precision,
+        "precision": bundle.facts.components[bundle.backbone].precision,
         "threads": job["threads"],
         "versions": versions(["epd-toolkit", *base_wheels()]),
     }
     if job["work"] == "picture":
-        return _pictures(pipe, job["picture"], told)
-    session = Session(pipe.bundle, pipe.bundle.backbone, session_options=options)
+        return _pictures(Pipeline(bundle, session_options=options), job["picture"], told)
+    session = Session(bundle, bundle.backbone, session_options=options)
     session.load()
     feeds = session.fit(dict(np.load(job["feeds"])))
     return Ready(lambda: next(iter(session(**feeds).values())), told=told)

@@ -241,3 +241,27 @@ def test_dpm2_refuses_a_midpoint_outside(r):
 def test_solvers_refuse_a_rising_grid(build):
     with pytest.raises(ValueError, match="strictly decreasing"):
         build(TIMES[::-1])
+
+
+def test_the_denoised_estimate_is_of_the_last_point_asked_for():
+    """Of a slope (x - D) / t with a D that is known, also where points have a time for each image."""
+
+    def target(t):
+        return 0.3 + 0.1 * t
+
+    def slope(points):
+        t = points.t.reshape(points.t.shape + (1,) * (points.x.ndim - points.t.ndim))
+        return (points.x - target(t)) / t
+
+    x = np.random.default_rng(0).standard_normal((2, 3))
+    for step, t in zip(epd.solve(epd.solvers.euler([4.0, 2.0, 1.0, 0.0]), x, slope), (4.0, 2.0, 1.0), strict=True):
+        np.testing.assert_allclose(step.denoised, target(t), atol=1e-12)
+    np.testing.assert_allclose(step.x, step.denoised, atol=1e-12)
+
+    def two(x):
+        yield epd.Points(np.stack([x, x]), np.array([[4.0, 4.0], [3.0, 2.0]]))
+        yield epd.State(x, 2.0)
+
+    *_, step = epd.solve(two, x, slope)
+    np.testing.assert_allclose(step.denoised, np.broadcast_to(target(np.array([[3.0], [2.0]])), (2, 3)), atol=1e-12)
+    assert epd.Step(-1, 1.0, x, 0, 0).denoised is x

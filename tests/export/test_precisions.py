@@ -120,6 +120,7 @@ def job(checkpoint: Path, folder: Path, family: str, **changes: object) -> Job:
         "task": "export",
         "component": {"sd3": "transformer", "sd15": "unet"}[family],
         "checkpoint": str(checkpoint),
+        "source": str(checkpoint),
         "folder": str(folder),
         "result": "",
         "precision": "int8-weights",

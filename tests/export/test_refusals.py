@@ -182,6 +182,7 @@ def job(checkpoint: Path, notes: Path) -> Job:
         task="export",
         component="text_encoder",
         checkpoint=str(checkpoint),
+        source=str(checkpoint),
         folder=str(notes / "out"),
         result=str(notes / "result.json"),
         precision="fp32",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,7 @@ Array = NDArray[np.float64]
 
 EVEN = " even"  # ends the name of a solver that runs on evenly spaced network times
 NOISE_SEED = 9_000_000  # of the first image, image i has NOISE_SEED + i; nothing is trained, fitted or chosen by these
+MOST_TOLD = 16  # batches whose conditioning is kept: that of a large model is large
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,9 @@ class Attempt:
     end_scale: float  # latent = state at times[-1] / end_scale
     calls: int | None = None  # the number of sequential calls it was made to fit; None: found by running
     numbers: str = ""  # what else it is made of, as text: a table, a tolerance
-    kind: str = "solver"  # solver | start (an untrained table) | table | parallel (in time)
+    kind: str = "solver"  # solver | start (an untrained table) | table | parallel (in time) | reference
+    interval: tuple[float, float] | None = None  # sigma: guidance inside only; None: everywhere
+    table: epd.Table | None = None
 
 
 @dataclass(frozen=True)
@@ -51,47 +56,69 @@ class Trajectories:
 
 
 class Bench:
-    """A model, prompts and noise, on which attempts are run; results are kept in the folder `work`, if one is given."""
+    """A model, prompts and noise, on which attempts are run; results are kept in the folder `work`, if one is given.
+
+    Every prompt has `seeds` images, one after the other: image i shows prompt i // seeds from noise of its own.
+    """
 
     def __init__(
-        self, pipe: Pipeline, prompts: Sequence[str], guidance: float, batch: int, work: Path | None = None
+        self,
+        pipe: Pipeline,
+        prompts: Sequence[str],
+        guidance: float,
+        batch: int,
+        work: Path | None = None,
+        seeds: int = 1,
     ) -> None:
         from runtime.noise import randn
 
-        self.pipe, self.prompts, self.guidance, self.work = pipe, prompts, guidance, work
+        self.pipe, self.guidance, self.work, self.seeds = pipe, guidance, work, seeds
+        self.prompts = [prompt for prompt in prompts for _ in range(seeds)]  # of every image
         self.flow = pipe.bundle.facts.family == "sd3"
         shape = pipe.plan("", solver="euler").latent_shape
-        self._noise = np.stack([randn(shape, NOISE_SEED + i) for i in range(len(prompts))]).astype(np.float64)
+        self._noise = np.stack([randn(shape, NOISE_SEED + i) for i in range(len(self.prompts))])
         self._batch = batch
         self._slopes: dict[tuple[int, int], Slopes] = {}  # by the images: each costs a run of the text encoders
 
-    def run(self, attempt: Attempt) -> Trajectories:
-        """The trajectories' ends and what they cost; from the folder `work` where they are known.
+    def run(self, attempt: Attempt, most: int | None = None) -> Trajectories:
+        """The trajectories' ends and what they cost; batches that are in the folder `work` are not run again.
+
+        `most`: of the first images only.
 
         Raises
         ------
         NotFiniteError
         """
-        file = None if self.work is None else self.work / f"{self._key(attempt)}.npz"
-        if file is not None and file.is_file():
-            with np.load(file, allow_pickle=False) as kept:
-                return Trajectories(kept["latents"], *kept["work"].tolist())
         size = 1 if attempt.kind == "parallel" else self._batch  # in a batch the slowest image would be counted
-        parts = [self._part(attempt, slice(i, i + size)) for i in range(0, len(self.prompts), size)]
-        latents, work = np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
-        if file is not None:
-            _save(file, latents=latents, work=work.mean(0))
+        parts, count = [], len(self.prompts) if most is None else min(most, len(self.prompts))
+        for i in range(0, count, size):
+            images = slice(i, min(i + size, count))
+            name = f"{self.key(attempt)}-{images.start}-{images.stop}"
+            parts.append(self.kept(name, partial(self._part, attempt, images)))
+        latents, work = (np.concatenate([part[name] for part in parts]) for name in ("latents", "work"))
         return Trajectories(latents, *work.mean(0).tolist())
+
+    def kept(self, name: str, make: Callable[[], dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+        """What `make` gives; from the folder `work` where it is known by that name."""
+        file = None if self.work is None else self.work / f"{name}.npz"
+        if file is not None and file.is_file():
+            with np.load(file, allow_pickle=False) as found:
+                return dict(found)
+        made = make()
+        if file is not None:
+            _save(file, **made)
+        return made
 
     def pictures(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
         """(B, H, W, 3) in [0, 1]."""
         return self.pipe.decode(latents.astype(np.float64))
 
-    def _part(self, attempt: Attempt, images: slice) -> tuple[NDArray[np.float32], Array]:
-        """Latents, and (B, 3) sequential calls, total evaluations, guided forwards of some images."""
+    def _part(self, attempt: Attempt, images: slice) -> dict[str, NDArray[Any]]:
+        """Latents, and work (B, 3): sequential calls, total evaluations, guided forwards of some images."""
         from runtime.errors import NotFiniteError
 
-        noise, slopes = self._noise[images], self._told(images)
+        noise, slopes = self._noise[images].astype(np.float64), self._told(images)
+        slopes.interval = attempt.interval
         before = slopes.guided_forwards
         try:
             *_, last = epd.solve(attempt.solver, attempt.start_scale * noise, slopes)
@@ -99,41 +126,43 @@ class Bench:
             raise NotFiniteError(f"{attempt.name}: {error}; leave it out with --solvers") from None
         forwards = (slopes.guided_forwards - before) / len(noise)
         work = np.tile([last.calls, last.evaluations, forwards], (len(noise), 1)).astype(np.float64)
-        return (last.x / attempt.end_scale).astype(np.float32), work
+        return {"latents": (last.x / attempt.end_scale).astype(np.float32), "work": work}
 
     def _told(self, images: slice) -> Slopes:
         key = (images.start, images.stop)
         if key not in self._slopes:
+            if len(self._slopes) >= MOST_TOLD:
+                self._slopes.clear()
             self._slopes[key] = self.pipe.slopes(self.prompts[images], self.guidance)
         return self._slopes[key]
 
-    def _key(self, attempt: Attempt) -> str:
+    def key(self, attempt: Attempt) -> str:
         """What the result depends on; of the code only the version: give another folder when the solvers change."""
         from runtime.png import version
 
         bundle = self.pipe.bundle
         parts: list[Any] = [version(), self.pipe.provider]
         parts += [bundle.fingerprint() or str(bundle.folder.resolve()), list(self.prompts), NOISE_SEED, self.guidance]
-        parts += [attempt.name, attempt.times, attempt.start_scale, attempt.numbers]
+        parts += [attempt.name, attempt.times, attempt.start_scale, attempt.numbers, attempt.interval]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def shown(pictures: NDArray[np.float32], scenes: Sequence[Scene]) -> float:
-    """The share of pictures in which the checker finds all that their caption says."""
+def shown(pictures: NDArray[np.float32], scenes: Sequence[Scene]) -> NDArray[np.float64]:
+    """(B,): 1 for every picture in which the checker finds all that its caption says, else 0."""
     from PIL import Image
 
     from shapes.check import accepts
 
     drawn = [Image.fromarray(np.rint(picture * 255).astype(np.uint8)) for picture in pictures]
-    return float(np.mean([accepts(picture, scene) for picture, scene in zip(drawn, scenes, strict=True)]))
+    return np.array([accepts(picture, scene) for picture, scene in zip(drawn, scenes, strict=True)], np.float64)
 
 
 def _save(file: Path, **arrays: Any) -> None:
     """Written to another name first: what is found under its own name is whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.stem}.partial.npz")
+    part = file.with_name(f".{file.stem}.{os.getpid()}.partial.npz")
     try:
-        np.savez(partial, **arrays)
-        partial.replace(file)
+        np.savez(part, **arrays)
+        part.replace(file)
     finally:
-        partial.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)

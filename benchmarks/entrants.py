@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import epd
+from epd import catalogue
 from epd.solve import Solver
+from runtime.costs import times_of
+from runtime.figures import digest
 from runtime.slopes import variance_preserving
+from runtime.tables import load_table
 
 from .bench import EVEN, Attempt, Bench
 
@@ -20,11 +23,22 @@ DIRECTIONS = (1, 2, 3)  # K of the start tables
 PARALLEL = {"paradigms": epd.parallel.paradigms, "parataa": epd.parallel.parataa}
 TOLERANCES = (1e-1, 1e-2, 1e-3)  # of those
 PARALLEL_STEPS = 28
+HEADLINE = ("ipndm_3", "dpmpp_2m")
 
 
-def entrants(bench: Bench, calls: Sequence[int], tables: Sequence[Path], only: Sequence[str] | None) -> list[Attempt]:
+def entrants(
+    bench: Bench,
+    calls: Sequence[int],
+    tables: Sequence[Path],
+    only: Sequence[str] | None,
+    intervals: Sequence[tuple[float, float]] = (),
+) -> list[Attempt]:
     """Everything that is compared: Euler first, then each deterministic solver of the family at each number of calls,
-    the untrained start tables, the tables, and the solvers that are parallel in time.
+    the untrained start tables, the tables, and the solvers that are parallel in time; all of it but those once more
+    with guidance in each of the intervals (sigma) only.
+
+    The numbers of calls are those given and, so that tables meet their equals, the sequential calls and the total
+    evaluations of every table.
 
     Raises
     ------
@@ -34,8 +48,9 @@ def entrants(bench: Bench, calls: Sequence[int], tables: Sequence[Path], only: S
     from runtime.errors import RequestError
 
     family = bench.pipe.bundle.facts.family
-    plans: dict[Path, Any] = {f: bench.pipe.plan("", table=f, guidance_scale=bench.guidance) for f in tables}
-    calls = sorted({*calls, *(plan.table.sequential_calls for plan in plans.values())})
+    plans = _plans(bench, tables)
+    made = [plan.table for plan in plans.values()]
+    calls = sorted({*calls, *(one.sequential_calls for one in made), *(one.total_evaluations for one in made)})
     methods = [m.name for m in epd.solvers.METHODS.values() if not m.noisy and m.calls and family in m.families]
     names = [*methods, "epd", *PARALLEL]
     wanted = {*names} if only is None else {*only, "euler"}
@@ -46,13 +61,42 @@ def entrants(bench: Bench, calls: Sequence[int], tables: Sequence[Path], only: S
     if not bench.flow:
         found += [_method(bench, name, n, even=True) for name in methods if name in wanted for n in calls]
     found += [_start_table(bench, k, n) for k in DIRECTIONS if "epd" in wanted for n in calls]
-    found += [_parallel(bench, name, tolerance) for name in PARALLEL if name in wanted for tolerance in TOLERANCES]
-    made = [attempt for attempt in found if attempt is not None]
-    taken = [*names, *(attempt.name for attempt in made), *(file.stem for file in plans)]
-    for file, plan in plans.items():
-        name = file.stem if taken.count(file.stem) == 1 else str(file)  # every line of the result has its own name
-        made.append(_of_table(name, "table", plan, plan.table.sequential_calls))
-    return made
+    found += _tables(plans, [*names, *(attempt.name for attempt in found if attempt is not None)])
+    one = [attempt for attempt in found if attempt is not None]
+    told = [(interval, f"{interval[0]:g} to {interval[1]:g}") for interval in intervals]
+    one += [replace(a, name=f"{a.name}, guided {text}", interval=i) for i, text in told for a in one]
+    return one + [_parallel(bench, n, tolerance) for n in PARALLEL if n in wanted for tolerance in TOLERANCES]
+
+
+def headline(bench: Bench, tables: Sequence[Path]) -> list[Attempt]:
+    """The model's own solver in its own steps and in 20 calls, iPNDM and DPM-Solver++ in 20, and the tables."""
+    defaults = bench.pipe.bundle.facts.defaults
+    pairs = [(defaults.solver, defaults.steps), *((name, 20) for name in (defaults.solver, *HEADLINE))]
+    found = [_method(bench, name, calls) for name, calls in dict.fromkeys(pairs)]
+    return [attempt for attempt in found if attempt is not None] + _tables(_plans(bench, tables), [])
+
+
+def fetched(bench: Bench) -> list[Path]:
+    """Published and shipped tables that were made for this model, by what they say."""
+    facts, found = bench.pipe.bundle.facts, []
+    for name in catalogue.names():
+        file = catalogue.find(name)
+        table = load_table(file)
+        own = table.model is not None and table.model.rpartition("/")[2] == facts.source.id.rpartition("/")[2]
+        if own and digest(table) not in {digest(load_table(bench.pipe.bundle.folder / path)) for path in facts.tables}:
+            found.append(file)
+    return found
+
+
+def _plans(bench: Bench, tables: Sequence[Path]) -> dict[Path, Any]:
+    return {file: bench.pipe.plan("", table=file, guidance_scale=bench.guidance) for file in tables}
+
+
+def _tables(plans: dict[Path, Any], taken: Sequence[str]) -> list[Attempt]:
+    """Each under a name that no other line of the result has."""
+    every = [*taken, *(file.stem for file in plans)]
+    names = {file: file.stem if every.count(file.stem) == 1 else str(file) for file in plans}
+    return [_of_table(names[file], "table", plan, plan.table.sequential_calls) for file, plan in plans.items()]
 
 
 def _method(bench: Bench, name: str, calls: int, even: bool = False) -> Attempt | None:
@@ -83,7 +127,7 @@ def _start_table(bench: Bench, k: int, calls: int) -> Attempt | None:
 
 def _of_table(name: str, kind: str, plan: Any, calls: int) -> Attempt:
     solver, numbers = epd.solvers.epd(plan.table), json.dumps(plan.table.to_json())
-    return Attempt(name, solver, plan.times, plan.start_scale, plan.end_scale, calls, numbers, kind)
+    return Attempt(name, solver, plan.times, plan.start_scale, plan.end_scale, calls, numbers, kind, table=plan.table)
 
 
 def _parallel(bench: Bench, name: str, tolerance: float) -> Attempt:
@@ -95,8 +139,7 @@ def _parallel(bench: Bench, name: str, tolerance: float) -> Attempt:
 
 def asked(solver: Solver) -> int:
     """Sequential calls of a solver whose requests do not depend on the slopes, found by a dry run."""
-    *_, last = epd.solve(solver, np.zeros((1, 1)), lambda points: np.zeros_like(points.x))
-    return last.calls
+    return len(times_of(solver))
 
 
 def references(bench: Bench, steps: int) -> tuple[Attempt, Attempt]:

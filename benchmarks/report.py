@@ -4,166 +4,247 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .bench import EVEN
+from .bootstrap import Figure
 from .common import plain, save, table
+from .metrics import metric
 
 if TYPE_CHECKING:
-    from .quality import Quality, Row
+    from .quality import Quality, Row, Versus
 
-HEAD = ("solver", "steps", "sequential calls", "total evaluations", "guided forwards", "PSNR dB", "over Euler dB",
-        "latent RMSE", "right")  # fmt: skip
-COLUMNS = ("solver", "kind", "calls", "steps", "sequential_calls", "total_evaluations", "guided_forwards", "psnr_db",
-           "psnr_low_db", "psnr_high_db", "over_euler_db", "over_euler_low_db", "over_euler_high_db", "closest",
-           "over_closest_db", "over_closest_low_db", "over_closest_high_db", "latent_rmse", "right")  # fmt: skip
+WORK = {  # of one image
+    "sequential_calls": "sequential calls",
+    "total_evaluations": "total evaluations",
+    "guided_forwards": "guided forwards",
+    "seconds": "seconds",
+}
+PLAIN = (
+    "solver",
+    "kind",
+    "calls",
+    "steps",
+    "k",
+    "table",
+    "guidance_interval",
+    *WORK,
+)  # columns of the CSV, then metrics
+PLOTTED = 4  # metrics, at most
 
 
 def markdown(quality: Quality) -> str:
-    """What was done, a summary (PSNR of each solver at each number of calls), then each number of calls, best first."""
-    low, agreement = quality.agreement_db.low, quality.agreement_db.mean
-    lines = [
-        f"# {quality.model}: PSNR to a converged reference",
-        "",
-        f"{quality.prompts} prompts, one start noise each, guidance {quality.guidance:g}. PSNR in dB of the decoded "
-        "pictures, means over the images with 95 % intervals; over Euler: paired differences. Work is that of one "
-        f"image. The references, {quality.references[0]} and {quality.references[1]}, agree to {agreement:.1f} dB "
-        f"(95 %: above {low:.1f}). Left out, for they add noise and have no reference: "
-        f"{', '.join(quality.left_out) or 'none'}.",
-        "",
-        *table(*_summary(quality.rows)),
-    ]
-    for calls in _calls(quality.rows):
-        rows = [row for row in quality.rows if row.calls == calls]
-        lines += ["", f"## {calls} sequential calls", "", *table(HEAD, _cells(rows))]
-        tables = [row for row in rows if row.over_closest_db is not None]
-        if tables:
-            lines += ["", "Paired, against the closest training-free solver within as many calls:", ""]
-            lines += [f"- {row.solver}: {_verdict(row)}" for row in tables]
-    parallel = [row for row in quality.rows if row.calls is None]
+    """What was done, a summary by calls, then each number of calls, best first, with paired differences."""
+    rows = [row for row in quality.rows if row.kind != "reference"]
+    names = _metrics(rows)
+    lines = [f"# {quality.model}: how good each solver's pictures are", "", _told(quality), ""]
+    lines += table(*_summary(rows, names[0]))
+    for row in quality.rows:
+        if row.kind == "reference":
+            told = ", ".join(f"{metric(name).title} {_value(name, figure)}" for name, figure in row.figures.items())
+            lines += ["", f"The converged pictures themselves: {told}."] if told else []
+    for calls in _calls(rows):
+        some = _ordered([row for row in rows if row.calls == calls], names[0])
+        lines += ["", f"## {calls} sequential calls", "", *table(_head(names), [_cells(row, names) for row in some])]
+        against = [row for row in some if row.baseline is not None]
+        if against:
+            head = [f"minus {_other(against[0])}", *(metric(name).title for name in names)]
+            lines += ["", *table(head, [_differences(row, row.baseline, names) for row in against])]
+        lines += _verdicts(some, names)
+    parallel = [row for row in rows if row.calls is None]
     if parallel:
-        lines += ["", "## Parallel in time: calls as they came out", "", *table(HEAD, _cells(parallel))]
+        cells = [_cells(row, names) for row in _ordered(parallel, names[0])]
+        lines += ["", "## Parallel in time: calls as they came out", "", *table(_head(names), cells)]
     return "\n".join(lines) + "\n"
 
 
-def _verdict(row: Row) -> str:
-    over = row.over_closest_db
-    assert over is not None  # only tables are asked
-    word = "closer" if over.low > 0 else "farther" if over.high < 0 else "no clear difference"
-    return f"{word}, {over.mean:+.2f} ± {over.half:.2f} dB over {row.closest}"
+def _told(quality: Quality) -> str:
+    images = f"{quality.prompts} prompts, {quality.seeds} start noise{'s' * (quality.seeds > 1)} each"
+    text = (
+        f"{images}, guidance {quality.guidance:g}, {quality.precision} on {quality.provider}. Means with 95 % "
+        "intervals by resampling prompts; differences are paired, bold where their interval does not hold 0. Work and "
+        f"seconds are those of one image alone, from prompt to picture ({quality.seconds_from}). "
+    )
+    if quality.agreement_db is not None:
+        agreement = quality.agreement_db
+        text += (
+            f"Distances are to converged pictures: the references, {' and '.join(quality.references)}, agree to "
+            f"{agreement.mean:.1f} dB (95 %: above {agreement.low:.1f}). Left out, for they add noise and have no "
+            f"reference: {', '.join(quality.left_out) or 'none'}. "
+        )
+    if any(metric(name).features for row in quality.rows for name in row.figures):
+        text += f"Frechet distances are to {quality.frechet_to}. "
+    return text.strip()
+
+
+def _verdicts(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
+    """Of tables: against the best training-free solver within as many calls, and within as many evaluations."""
+    lines = []
+    for row in rows:
+        for versus, equal in ((row.closest, "sequential calls"), (row.closest_by_work, "total evaluations")):
+            if versus is not None and names[0] in versus.over:
+                over, rule = versus.over[names[0]], metric(names[0])
+                word = {True: "better", False: "worse", None: "no clear difference"}[over.clear(rule.higher)]
+                told = f"{_signed(names[0], over)} {rule.title} over {versus.name}"
+                lines.append(f"- {row.solver}, {versus.calls} {equal}: {word}, {told}")
+    head = ["", "Paired, against the best training-free solver within as many calls, and as many evaluations:", ""]
+    return head + lines if lines else []
 
 
 def comma_separated(quality: Quality) -> str:
     """One line a row, all digits, empty where a number does not apply."""
+    names = _metrics(quality.rows)
+    ends = ("", "_low", "_high")
+    columns = [*PLAIN, *(f"{name}{end}" for name in names for end in ends)]
+    columns += [f"over_baseline_{name}{end}" for name in names for end in ends]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    writer.writerow(columns)
     for row in quality.rows:
-        over = row.over_euler_db
-        psnr = (row.psnr_db.mean, row.psnr_db.low, row.psnr_db.high)
-        euler = (None, None, None) if over is None else (over.mean, over.low, over.high)
-        best = row.over_closest_db
-        closest = (None, None, None) if best is None else (best.mean, best.low, best.high)
-        work = (row.sequential_calls, row.total_evaluations, row.guided_forwards)
-        writer.writerow(
-            [
-                row.solver,
-                row.kind,
-                row.calls,
-                row.steps,
-                *work,
-                *psnr,
-                *euler,
-                row.closest,
-                *closest,
-                row.latent_rmse,
-                row.right,
-            ]
-        )
+        plain = [getattr(row, name) for name in PLAIN]
+        plain[PLAIN.index("guidance_interval")] = " ".join(map(str, row.guidance_interval or ()))
+        over = {} if row.baseline is None else row.baseline.over
+        writer.writerow([*plain, *_numbers(row.figures, names), *_numbers(over, names)])
     return text.getvalue()
+
+
+def _numbers(figures: Mapping[str, Figure], names: Sequence[str]) -> list[float | None]:
+    none = Figure(math.nan, None, None)
+    found = [figures.get(name, none) for name in names]
+    return [value for one in found for value in ((None,) * 3 if one is none else (one.mean, one.low, one.high))]
+
+
+def _metrics(rows: Sequence[Row]) -> list[str]:
+    """Those of any row, the one that rows are ordered by first."""
+    return list(dict.fromkeys(name for row in sorted(rows, key=lambda r: -len(r.figures)) for name in row.figures))
 
 
 def _calls(rows: Sequence[Row]) -> list[int]:
     return sorted({row.calls for row in rows if row.calls is not None})
 
 
-def _summary(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+def _ordered(rows: Sequence[Row], name: str) -> list[Row]:
+    """Best first."""
+    return sorted(rows, key=lambda row: row.figures[name].mean, reverse=metric(name).higher)
+
+
+def _summary(rows: Sequence[Row], name: str) -> tuple[list[str], list[list[str]]]:
     calls = _calls(rows)
     by_name: dict[str, dict[int, str]] = {}
     for row in rows:
         if row.calls is not None:
-            by_name.setdefault(row.solver, {})[row.calls] = f"{row.psnr_db.mean:.1f}"
-    lines = [[name, *(cells.get(number, "") for number in calls)] for name, cells in by_name.items()]
-    return ["sequential calls", *map(str, calls)], lines
+            by_name.setdefault(row.solver, {})[row.calls] = f"{row.figures[name].mean:{metric(name).form}}"
+    lines = [[solver, *(cells.get(number, "") for number in calls)] for solver, cells in by_name.items()]
+    return [f"{metric(name).title} at sequential calls", *map(str, calls)], lines
 
 
-def _cells(rows: Sequence[Row]) -> list[list[str]]:
-    """Best first."""
-    return [
-        [
-            row.solver,
-            str(row.steps),
-            *(f"{work:.4g}" for work in (row.sequential_calls, row.total_evaluations, row.guided_forwards)),
-            f"{row.psnr_db.mean:.2f} ± {row.psnr_db.half:.2f}",
-            "" if row.over_euler_db is None else f"{row.over_euler_db.mean:+.2f} ± {row.over_euler_db.half:.2f}",
-            f"{row.latent_rmse:.4f}",
-            "" if row.right is None else f"{row.right:.1%}",
-        ]
-        for row in sorted(rows, key=lambda row: -row.psnr_db.mean)
-    ]
+def _head(names: Sequence[str]) -> list[str]:
+    return ["solver", "steps", *WORK.values(), *(metric(name).title for name in names)]
+
+
+def _cells(row: Row, names: Sequence[str]) -> list[str]:
+    work = [getattr(row, name) for name in WORK]
+    told = ["" if value is None else f"{value:.4g}" for value in work]
+    return [row.solver, str(row.steps), *told, *(_value(name, row.figures.get(name)) for name in names)]
+
+
+def _value(name: str, figure: Figure | None) -> str:
+    if figure is None:
+        return ""
+    form = metric(name).form
+    return f"{figure.mean:{form}}" + ("" if figure.half is None else f" ± {figure.half:{form}}")
+
+
+def _signed(name: str, figure: Figure) -> str:
+    form = metric(name).form
+    return f"{figure.mean:+{form}}" + ("" if figure.half is None else f" ± {figure.half:{form}}")
+
+
+def _differences(row: Row, versus: Versus | None, names: Sequence[str]) -> list[str]:
+    cells = [row.solver]
+    for name in names:
+        figure = None if versus is None else versus.over.get(name)
+        text = "" if figure is None else _signed(name, figure)
+        cells.append(f"**{text}**" if figure is not None and figure.clear() is not None else text)
+    return cells
+
+
+def _other(row: Row) -> str:
+    return "" if row.baseline is None else f"{row.baseline.name} at {row.baseline.calls}"
 
 
 def plot(quality: Quality, file: Path) -> None:
-    """PSNR against sequential calls and against total evaluations, side by side, as a PNG."""
+    """Every metric, one row of panels each, against sequential calls, total evaluations and seconds, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Drawing
 
-    figure = Figure(figsize=(13, 6.2), dpi=150, layout="constrained")
+    rows = [row for row in quality.rows if row.kind != "reference"]
+    metrics = _metrics(rows)[:PLOTTED]
+    figure = Drawing(figsize=(17, 1.4 + 4.8 * len(metrics)), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, sharey=True)
-    names = dict.fromkeys(_label(row) for row in quality.rows)
-    for axes, work in ((left, "sequential_calls"), (right, "total_evaluations")):
-        for name in names:
-            rows = sorted((r for r in quality.rows if _label(r) == name), key=lambda row: getattr(row, work))
-            x, y = [getattr(row, work) for row in rows], [row.psnr_db.mean for row in rows]
-            spread = [[row.psnr_db.mean - row.psnr_db.low for row in rows], [row.psnr_db.high - row.psnr_db.mean
-                                                                            for row in rows]]  # fmt: skip
-            axes.errorbar(x, y, spread, label=name, elinewidth=0.6, **_look(rows[0]))
-        axes.set_xscale("log")
-        ticks = _calls(quality.rows) if axes is left else [4, 6, 10, 20, 40, 80]
+    works = ("sequential_calls", "total_evaluations", "seconds")
+    panels = figure.subplots(len(metrics), len(works), sharey="row", sharex="col", squeeze=False)
+    for line, name in zip(panels, metrics, strict=True):
+        for axes, work in zip(line, works, strict=True):
+            _panel(axes, rows, name, work)
+        line[0].set_ylabel(metric(name).title)
+    for axes, work in zip(panels[-1], works, strict=True):
+        axes.set_xlabel(f"{WORK[work]} of one image")
+    images = f"{quality.prompts} prompts x {quality.seeds}"
+    figure.suptitle(f"{quality.model}, guidance {quality.guidance:g}: {images}, 95 % intervals")
+    lines, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside right center", frameon=False, fontsize=8 if len(labels) < 36 else 7)
+    save(figure, file)
+
+
+def _panel(axes: Any, rows: Sequence[Row], name: str, work: str) -> None:
+    """One metric against one kind of work, a line for every solver."""
+    for label in dict.fromkeys(_label(row) for row in rows):
+        some = [row for row in rows if _label(row) == label and name in row.figures and getattr(row, work) is not None]
+        some.sort(key=lambda row: getattr(row, work))
+        if not some:
+            continue
+        x, figures = [getattr(row, work) for row in some], [row.figures[name] for row in some]
+        spread = [[0.0 if f.low is None else max(0.0, f.mean - f.low) for f in figures],
+                  [0.0 if f.high is None else max(0.0, f.high - f.mean) for f in figures]]  # fmt: skip
+        axes.errorbar(x, [f.mean for f in figures], spread, label=label, elinewidth=0.6, **_look(some[0]))
+    axes.set_xscale("log")
+    if not metric(name).higher:
+        axes.set_yscale("log", nonpositive="clip")
+    if work != "seconds":
+        most = max(getattr(row, work) for row in rows)
+        ticks = (
+            _calls(rows) if work == "sequential_calls" else [n for n in (4, 6, 10, 20, 40, 80, 160) if n <= 1.3 * most]
+        )
         axes.set_xticks(ticks, list(map(str, ticks)))
         axes.minorticks_off()
-        plain(axes)
-        axes.set_xlabel("sequential calls" if axes is left else "total evaluations of one image")
-    left.set_ylabel("PSNR to the converged picture (dB)")
-    figure.suptitle(f"{quality.model}, guidance {quality.guidance:g}: {quality.prompts} prompts, 95 % intervals")
-    figure.legend(
-        *left.get_legend_handles_labels(),
-        loc="outside right center",
-        frameon=False,
-        fontsize=8 if len(names) < 36 else 7,
-    )
-    save(figure, file)
+    plain(axes)
 
 
 _COLOURS = {"euler": "black", "heun": "0.55", "dpm2": "0.7", "dpmpp": "tab:blue", "unipc": "tab:green",
             "deis": "tab:purple", "ipndm": "tab:orange", "paradigms": "tab:brown", "parataa": "tab:olive",
             "start table K": "lightcoral"}  # fmt: skip
+_TABLES = ("firebrick", "deeppink", "crimson", "orangered")  # by K
 _MARKERS = {"1": "o", "2": "s", "3": "^", "4": "D", "2s": "v", "2m": "s", "3m": "^"}
 
 
 def _label(row: Row) -> str:
-    """A line of the plot: the solver; one for all tolerances of a solver parallel in time."""
+    """A line of the plot: the solver; one for tables that differ in calls, and one for tolerances in parallel."""
+    if row.kind == "table":
+        return re.sub(r"-calls\d+", "", row.solver)
     return row.solver.partition(" tol ")[0] if row.kind == "parallel" else row.solver
 
 
 def _look(row: Row) -> dict[str, Any]:
     """Colour by family, marker by order, hollow on even times; tables stand out, the untrained and parallel back."""
     if row.kind == "table":
-        return {"color": "crimson", "marker": "*", "markersize": 13, "linewidth": 2.0, "zorder": 5}
-    name = _label(row).removesuffix(EVEN)
+        colour = _TABLES[(row.k or 0) % len(_TABLES)]
+        return {"color": colour, "marker": "*", "markersize": 12, "linewidth": 1.5, "zorder": 5}
+    name = _label(row).partition(",")[0].removesuffix(EVEN)
     family, _, order = name.replace("=", "_").rpartition("_") if "_" in name or "=" in name else (name, "", "1")
     style = {"solver": "-", "start": ":", "parallel": "--"}[row.kind]
     colour, marker = _COLOURS.get(family, "tab:cyan"), _MARKERS.get(order, "o")

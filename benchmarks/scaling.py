@@ -97,6 +97,7 @@ def measure(pipe: Pipeline, rows: Sequence[int] | None, k: int, runs: int) -> Sc
         Row counts that the bundle has no graphs of.
     """
     import epd
+    from runtime.costs import ends
     from runtime.memory import peak_rss_bytes
     from runtime.noise import randn
     from runtime.providers import provider_of
@@ -117,7 +118,7 @@ def measure(pipe: Pipeline, rows: Sequence[int] | None, k: int, runs: int) -> Sc
 
     tasks: dict[str, Callable[[], object]] = {name: partial(first, n, task) for n, (name, task) in named.items()}
     profile = pipe.profile(plan)
-    found = profile.sit(tasks | {work[0]: work[1] for work in wide.values()}, runs, alone=True)
+    found = profile.sit(tasks | {work[0]: work[1] for work in wide.values()} | ends(pipe, plan), runs, alone=True)
     call = found[named[slopes.halves][0]].seconds
     costs = {n: Cost(n, *found[name], found[name].seconds / call, memory[n]) for n, (name, _) in named.items()}
     ways = tuple(

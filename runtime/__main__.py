@@ -1,4 +1,4 @@
-"""python -m runtime generate|fit|solvers|inspect|devices|doctor|cache"""
+"""python -m runtime generate|plan|fit|solvers|inspect|devices|doctor|cache"""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def carried_out(options: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from . import cachelist, devices
+    from . import advice, cachelist, devices
 
     parser = argparse.ArgumentParser(prog="python -m runtime", description="Pictures from a bundle, without torch.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument("--provider-option", action="append", default=[], metavar="KEY=VALUE", help="may be repeated")
     look.add_argument("--json", action="store_true", help="print one object on stdout")
 
-    for others in (devices, cachelist):
+    for others in (advice, devices, cachelist):
         others.add_commands(commands)
     return parser
 
@@ -122,6 +122,8 @@ def _add_low_memory(command: argparse.ArgumentParser) -> None:
 
 
 def _add_generate(commands: Any) -> None:
+    from . import advice
+
     draw = commands.add_parser("generate", help="draw pictures of a prompt")
     draw.set_defaults(run=_generate)
     draw.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to draw; may be empty")
@@ -165,8 +167,8 @@ def _add_generate(commands: Any) -> None:
         help="ONNX Runtime execution provider (default cpu), or several to divide the work among: webgpu,cpu",
     )
     draw.add_argument("--provider-option", action="append", default=[], metavar="KEY=VALUE", help="may be repeated")
-    _add_fallback(draw)
-    _add_low_memory(draw)
+    for add in (_add_fallback, _add_low_memory, advice.add_options):
+        add(draw)
     draw.add_argument(
         "--directions",
         metavar="WAY",
@@ -227,7 +229,7 @@ def _add_fit(commands: Any) -> None:
 def _generate(options: argparse.Namespace) -> None:
     from dataclasses import asdict
 
-    from . import png
+    from . import advice, png
     from .pipeline import DEFAULT, Pipeline
 
     asked = _asked(options)
@@ -243,6 +245,8 @@ def _generate(options: argparse.Namespace) -> None:
         asked = _recorded(options.from_metadata, pipe, asked) | asked
     if "prompt" not in asked:
         _refuse('give a PROMPT ("" is allowed), --prompt-file or --from-metadata')
+    planned, choice = advice.apply(pipe, options)
+    asked |= planned
     plan = pipe.plan(**asked)
     files = _files(options.output, plan, pipe.bundle)
     for file in [*files, *filter(None, [options.preview])]:
@@ -255,7 +259,8 @@ def _generate(options: argparse.Namespace) -> None:
         print(placed, file=sys.stderr)
     paths = [str(file) for file in files]
     if options.json:
-        print(json.dumps({"images": paths} | asdict(result.report)))
+        chosen = {} if choice is None else {"planned": asdict(choice)}
+        print(json.dumps({"images": paths} | asdict(result.report) | chosen))
     else:
         print("\n".join(paths))
         print(_told(result.report), file=sys.stderr)

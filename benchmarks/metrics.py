@@ -1,0 +1,197 @@
+"""What is measured of pictures: `METRICS`, and `Judge`, which takes them. Weights of networks come from files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.judge import psnr
+
+from . import perceptual
+from .bench import Attempt, Bench, Trajectories, shown
+from .bootstrap import Bootstrap, Estimate
+
+if TYPE_CHECKING:
+    from shapes.captions import Scene
+
+Array = NDArray[np.float64]
+Pictures = NDArray[np.float32]  # (B, H, W, 3) in [0, 1]
+
+RENDER_SEED = 7_000_000  # of the first rendered picture that Frechet distances are taken to
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One column of the result."""
+
+    title: str
+    higher: bool  # is better
+    form: str  # of its numbers
+    features: bool = False  # a Frechet distance of features; else a mean over the images
+
+
+METRICS = {  # the first of those measured is what attempts are ordered by
+    "psnr_db": Metric("PSNR dB", True, ".2f"),
+    "lpips": Metric("LPIPS", False, ".4f"),
+    "latent_rmse": Metric("latent RMSE", False, ".4f"),
+    "right": Metric("right", True, ".1%"),
+    "frechet": Metric("Frechet", False, ".3f", features=True),
+    "inception": Metric("Frechet Inception", False, ".2f", features=True),
+}
+
+
+def metric(name: str) -> Metric:
+    """Of a column; those that are not in METRICS are rewards."""
+    return METRICS.get(name, Metric(name, True, ".4f"))
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Files of weights, and rewards by name."""
+
+    lpips: Path | None = None
+    inception: Path | None = None
+    rewards: Mapping[str, Path | None] = field(default_factory=dict)  # name -> weights
+
+    def open(self, prompts: Sequence[str], size: tuple[int, int]) -> Opened:
+        """Loads them; RequestError for weights or prompts that will not do. `size`: height, width of the pictures."""
+        return Opened(
+            None if self.lpips is None else perceptual.lpips(self.lpips),
+            None if self.inception is None else perceptual.inception(self.inception),
+            {name: perceptual.reward(name, weights, prompts, size) for name, weights in self.rewards.items()},
+            self._identity(),
+        )
+
+    def _identity(self) -> str:
+        """Of the files: their sizes and times."""
+        files = [file for file in (self.lpips, self.inception, *self.rewards.values()) if file is not None]
+        known = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
+        return repr([known, list(self.rewards)])
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The networks, ready: pictures (B, H, W, 3) in [0, 1] to (B,) or, of Inception, (B, features)."""
+
+    lpips: Callable[[Pictures, Pictures], Array] | None
+    inception: Callable[[Pictures], Array] | None
+    rewards: Mapping[str, Callable[[Pictures], Array]]
+    identity: str
+
+
+class Judge:
+    """Takes every metric of an attempt's pictures; what it measured is kept with the bench's results.
+
+    Parameters
+    ----------
+    truth : Trajectories, optional
+        The converged reference; without it no distances are taken.
+    source : str
+        What tells this reference from others.
+    scenes : sequence, optional
+        What every image's prompt says, in the closed world.
+    """
+
+    def __init__(
+        self,
+        bench: Bench,
+        truth: Trajectories | None,
+        source: str,
+        scenes: Sequence[Scene] | None,
+        networks: Opened,
+    ) -> None:
+        self._bench, self._truth, self._scenes = bench, truth, scenes
+        self.bootstrap = Bootstrap(len(bench.prompts) // bench.seeds, bench.seeds)
+        self._pictures = None if truth is None else bench.pictures(truth.latents)
+        self._identity = f"{source} {networks.identity} {_classifier() if scenes is not None else ''}"
+        target = self._target()
+        self._networks = networks
+        self._features: dict[str, Callable[[Pictures], NDArray[np.floating]]] = {}
+        if scenes is not None:
+            from shapes.features import features
+
+            self._features["frechet"] = features
+        if networks.inception is not None:
+            self._features["inception"] = networks.inception
+        self._real = {} if target is None else {name: of(target) for name, of in self._features.items()}
+
+    @property
+    def frechet_to(self) -> str:
+        """What Frechet distances are taken to."""
+        return "renderings of the same captions" if self._scenes is not None else "the converged pictures"
+
+    def _target(self) -> NDArray[np.float32] | None:
+        """Pictures that Frechet distances are taken to, as many as there are images."""
+        if self._scenes is None:
+            return self._pictures
+        from shapes.render import render
+
+        drawn = [np.asarray(render(scene, RENDER_SEED + i)) for i, scene in enumerate(self._scenes)]
+        return np.stack(drawn).astype(np.float32) / 255
+
+    def measure(self, attempt: Attempt, found: Trajectories) -> dict[str, Estimate]:
+        """Every metric, in the order of METRICS, rewards last."""
+        key = hashlib.sha256(f"{self._bench.key(attempt)} {self._identity}".encode()).hexdigest()[:32]
+        raw = self._bench.kept(f"{key}-figures", lambda: self._raw(attempt, found))
+        names = [*(name for name in METRICS if name in raw), *(name for name in raw if name not in METRICS)]
+        return {
+            name: self.bootstrap.frechet(raw[name], self._real[name])
+            if metric(name).features
+            else self.bootstrap.mean(raw[name])
+            for name in names
+        }
+
+    def _raw(self, attempt: Attempt, found: Trajectories) -> dict[str, NDArray]:
+        """Of every image: its value, or its features."""
+        pictures = self._bench.pictures(found.latents)
+        raw: dict[str, NDArray] = {}
+        if self._truth is not None and self._pictures is not None and attempt.kind != "reference":
+            raw["psnr_db"] = psnr(self._pictures, pictures)
+            raw["latent_rmse"] = rmse(found.latents, self._truth.latents)
+            if self._networks.lpips is not None:
+                raw["lpips"] = self._networks.lpips(pictures, self._pictures)
+        if self._scenes is not None:
+            raw["right"] = shown(pictures, self._scenes)
+        raw |= {name: features(pictures) for name, features in self._features.items() if name in self._real}
+        return raw | {
+            name: checked(name, reward(pictures), len(pictures)) for name, reward in self._networks.rewards.items()
+        }
+
+
+def check_classifier() -> None:
+    """RequestError where its weights cannot be read."""
+    from importlib.util import find_spec
+
+    from runtime.errors import RequestError
+
+    if find_spec("safetensors") is None:
+        raise RequestError("Frechet distances of the closed world need safetensors: pip install safetensors")
+
+
+def _classifier() -> str:
+    """SHA-256 of its weights."""
+    from shapes.features import FILE
+
+    return hashlib.sha256(FILE.read_bytes()).hexdigest()
+
+
+def rmse(one: NDArray[np.float32], other: NDArray[np.float32]) -> Array:
+    """(B,) of latents (B, C, h, w)."""
+    return np.asarray(np.sqrt(np.square(one - other, dtype=np.float64).mean((1, 2, 3))))
+
+
+def checked(name: str, values: object, images: int) -> Array:
+    """RequestError where a reward did not give one finite number an image."""
+    from runtime.errors import RequestError
+
+    found = np.asarray(values, np.float64)
+    if found.shape != (images,) or not np.isfinite(found).all():
+        wrong = f"shape {found.shape}" if found.shape != (images,) else "NaN or infinity"
+        raise RequestError(f"the reward {name} gave {wrong} for {images} pictures, expected as many finite numbers")
+    return found

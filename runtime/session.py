@@ -415,9 +415,9 @@ class Session:
             options = default_options(ort, self._row)
         if self._lean:
             _make_lean(ort, options)
-        options.add_session_config_entry(assignment.RECORD, "1")
+        _configure(options, assignment.RECORD)
         if strict and self._strict(ort):
-            options.add_session_config_entry(assignment.STRICT, "1")
+            _configure(options, assignment.STRICT)
         return options
 
     def _strict(self, ort: ModuleType) -> bool:
@@ -453,6 +453,14 @@ def default_options(ort: ModuleType, row: Provider) -> Any:
     if row is CPU:  # a plan for each row count is new memory, kept; reuse ties tensors that could go
         options.enable_mem_pattern = options.enable_mem_reuse = False
     return options
+
+
+def _configure(options: Any, entry: str) -> None:
+    """Sets an entry to 1, but once: of options that several sessions share onnxruntime prints that it is there."""
+    try:
+        options.get_session_config_entry(entry)
+    except RuntimeError:  # not there
+        options.add_session_config_entry(entry, "1")
 
 
 def check_low_memory(row: Provider) -> None:

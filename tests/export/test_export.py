@@ -30,12 +30,13 @@ def session(bundle: Bundle, component: str) -> onnxruntime.InferenceSession:
 
 
 def samples(bundle: Bundle, component: str, rows: int) -> dict[str, np.ndarray]:
-    """Noise, and timesteps that differ from row to row."""
+    """Noise, zeros for T5's tokens, and timesteps that differ from row to row."""
     random = np.random.default_rng(rows)
     fed = {}
     for tensor in bundle.facts.components[component].inputs:
         shape = (rows, *tensor.shape[1:])
         fed[tensor.name] = random.standard_normal(shape).astype(tensor.dtype)
+    fed["encoder_hidden_states"][:, bundle.facts.text.clip_tokens :] = 0
     fed["timestep"] = np.linspace(900, 20, rows, dtype=np.float32)
     return fed
 

@@ -79,6 +79,12 @@ def reward(
         from epd.train import rewards
     except ImportError:
         raise _missing(f"the reward {name}", "epd.train and torch", "train") from None
+    from runtime.errors import RequestError
+
+    if name == "psnr" or "," in name or ":" in name:
+        raise RequestError(
+            f"--reward {name}: give one name, without a weight, and not psnr: distances are measured anyway"
+        )
     loaded = rewards.load(name, {} if weights is None else {name: weights})
     loaded.check(prompts, size)
 

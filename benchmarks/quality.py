@@ -341,6 +341,7 @@ def _add_networks(command: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
+    from runtime.errors import RequestError
     from runtime.pipeline import Pipeline
 
     from . import report
@@ -351,6 +352,8 @@ def _run(options: argparse.Namespace) -> None:
     prompts, scenes = _prompts(options, facts.source.id, pipe.plan("", solver="euler").height)
     if scenes is not None:
         check_classifier()
+    if scenes is None and not options.reference_steps and (options.inception or not options.reward):
+        raise RequestError("--reference-steps 0: nothing is left to measure by; leave it out, or give --reward alone")
     guidance = facts.defaults.guidance if options.guidance_scale is None else options.guidance_scale
     bench = Bench(pipe, prompts, guidance, options.batch, options.work, options.seeds)
     attempts, baseline = _attempts(bench, options)

@@ -192,6 +192,8 @@ def run(given: argparse.Namespace, scratch: Path) -> dict[str, object]:
 def _refuse_ignored(given: argparse.Namespace, source: checkpoint.Checkpoint) -> None:
     """ExportError for an option about downloads or weight files where there are none."""
     hub = {"--revision": given.revision, "--cache-dir": given.cache_dir, "--offline": given.offline}
+    if given.tiny_vae is not None and not Path(given.tiny_vae).is_dir():
+        hub = {"--revision": given.revision}  # the others are for the tiny VAE, too
     options = {} if source.hub else hub
     if given.random_weights:
         options |= {"--variant": given.variant}

@@ -19,6 +19,7 @@ from .targets import CALIBRATED, TARGETS, backbone_rows, choose, component_rows,
 OPSETS = (17, 18, 20, 21, 23)
 PICTURES, PICTURE_STEPS = 2, 6  # compared with those at fp32, unless told otherwise; a table has steps of its own
 _BYTES = {"fp32": 4.0, "int8": 1.0, "w8a16": 1.0, "int8-weights": 1.1, "int4-weights": 0.7}  # a weight; others 2
+MERGED = 64  # equal text tokens, at least, for one of them to be computed: heads a number wider cost something, too
 TRIAL = (16, 24)  # latent height and width that parity is tried at, where the picture is larger
 
 
@@ -73,7 +74,7 @@ class Plan:
         On others a head of 65 numbers is no gain. SD 3.5 normalises heads: see `export.merged`.
         """
         count = self.facts.text.t5_tokens
-        if self.t5 or self.target != "cpu" or self.backbone != "transformer" or count < 2:
+        if self.t5 or self.target != "cpu" or self.backbone != "transformer" or count < MERGED:
             return 0
         return 0 if read_config(self.checkpoint.folder, self.backbone).get("qk_norm") else count
 
@@ -113,8 +114,7 @@ def make(checkpoint: Checkpoint, options: Options) -> Plan:
     chosen = tuple(name for name in known if name in chosen)
     for name in chosen:
         read_config(checkpoint.of(name), name)
-    if TINY_DECODER in chosen:
-        _check_tiny(checkpoint, facts)
+    _check_tiny(checkpoint, facts, chosen)
     option = "--rows" if options.rows else "-k" if options.directions and rows else None
     if option and BACKBONE[facts.family] not in chosen:
         raise ExportError(
@@ -151,8 +151,12 @@ def make(checkpoint: Checkpoint, options: Options) -> Plan:
     )
 
 
-def _check_tiny(checkpoint: Checkpoint, facts: Facts) -> None:
-    """ExportError for a tiny VAE of another kind of latents."""
+def _check_tiny(checkpoint: Checkpoint, facts: Facts, chosen: tuple[str, ...]) -> None:
+    """ExportError for a tiny VAE that is not wanted, or of another kind of latents."""
+    if checkpoint.tiny is None:
+        return
+    if TINY_DECODER not in chosen:
+        raise ExportError(f"--tiny-vae: makes {TINY_DECODER}, which is not among --components; leave one of them out")
     config = read_config(checkpoint.of(TINY_DECODER), TINY_DECODER)
     kind, channels = config.get("_class_name"), config.get("latent_channels")
     factor = 2 ** (len(config.get("decoder_block_out_channels", ())) - 1)

@@ -28,7 +28,7 @@ from typing import Any
 from epd import Table
 from epd.catalogue import SHIPPED
 from runtime.bundle import PROMPTS, TABLES, best_first, sha256
-from runtime.facts import FILE, PICTURE, Component, Parity, Picture, Stored, Tensor, write_facts
+from runtime.facts import FILE, PICTURE, TINY_DECODER, Component, Parity, Picture, Stored, Tensor, write_facts
 from runtime.order import read_prompts
 from runtime.parse import load_json
 
@@ -409,7 +409,7 @@ def _job(
         equal_tokens=plan.equal_tokens if component == plan.backbone else 0,
         target=plan.target,
         rows=plan.rows[component],
-        variant=plan.checkpoint.variant,
+        variant=plan.checkpoint.variant if component != TINY_DECODER else None,
         random=plan.checkpoint.source.random_weights,
         prompts=tuple(prompts),
     )

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 SHOWN = 8  # lines of the table
 _UNITS = {"ms": 1e-3, "s": 1.0, "min": 60.0}
-_OURS = ("solver", "table", "steps", "calls", "k", "guidance_interval")  # options that a planned drawing has not
+# Options that a planned drawing has not: what is chosen, and what the figures and the costs are of.
+_OURS = ("solver", "table", "steps", "calls", "k", "guidance_interval", "guidance_scale", "width", "height")
 log = logging.getLogger(__name__)
 
 
@@ -90,7 +91,10 @@ def apply(pipe: Pipeline, options: argparse.Namespace) -> tuple[dict[str, Any], 
     if typed or options.directions is not None or options.from_metadata is not None:
         what = (typed or ["directions" if options.directions else "from_metadata"])[0]
         dashes = "-" if len(what) == 1 else "--"
-        raise RequestError(f"--budget and --quality choose for themselves; leave {dashes}{what.replace('_', '-')} out")
+        raise RequestError(
+            "--budget and --quality choose for themselves, for the bundle's own size and guidance; "
+            f"leave {dashes}{what.replace('_', '-')} out"
+        )
     advice = _advice([pipe], options, options.num_images or 1)
     for note in advice.notes:
         log.warning("%s", note)

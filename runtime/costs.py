@@ -67,8 +67,9 @@ class Costs:
 
 
 def costs(sittings: Sequence[Timings], rows: int) -> Costs | None:
-    """Of the newest sitting that has both ends and calls of `rows`, those of one guided point; None: there is none."""
-    for sitting in sittings:
+    """Of the sitting that has both ends, calls of `rows` (those of one guided point) and the most others, the newest of
+    these; None: there is none."""
+    for sitting in sorted(sittings, key=len, reverse=True):
         calls = {int(m[1]): sitting[name].seconds for name in sitting if (m := _CALL.fullmatch(name))}
         if {ENCODE, DECODE} <= sitting.keys() and rows in calls:
             at_once = [(m, sitting[name].seconds) for name in sitting if (m := _AT_ONCE.fullmatch(name))]

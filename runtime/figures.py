@@ -88,7 +88,11 @@ def of_bundle(bundle: Bundle) -> tuple[Figures, str]:
     facts = bundle.facts
     own = bundle.folder / FILE
     if own.is_file():
-        return read(own), ""
+        found = read(own)
+        if found.family != facts.family:
+            raise BundleError(f"{own}: figures of {found.source}, the bundle is of {facts.family}; measure it anew")
+        other = f"quality was measured at guidance {found.guidance:g}, the bundle draws at {facts.defaults.guidance:g}"
+        return found, "" if found.guidance == facts.defaults.guidance else other
     shipped = {file.stem: file for file in (SHIPPED / "quality").glob("*.json")}
     precision = facts.components[bundle.backbone].precision
     measure = f"`python -m benchmarks quality {bundle.folder} --figures {own}`"

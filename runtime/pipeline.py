@@ -341,6 +341,8 @@ class Pipeline:
             return _pixels(session(latent_sample=x, want=["sample"])["sample"]) if tiny else self.decode(x)
         finally:
             self.preview_seconds += time.perf_counter() - started
+            if self.low_memory:
+                session.unload()
 
     @property
     def assignment(self) -> Assignment | None:

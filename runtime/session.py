@@ -458,8 +458,10 @@ def default_options(ort: ModuleType, row: Provider) -> Any:
 def _configure(options: Any, entry: str) -> None:
     """Sets an entry to 1, but once: of options that several sessions share onnxruntime prints that it is there."""
     try:
-        options.get_session_config_entry(entry)
-    except RuntimeError:  # not there
+        there = options.get_session_config_entry(entry) == "1"
+    except RuntimeError:
+        there = False
+    if not there:
         options.add_session_config_entry(entry, "1")
 
 

@@ -176,7 +176,10 @@ class Learning:
     def _judge(self) -> None:
         """Looks at the held-out images; ends the round where it is over."""
         now, recipe = self.progress, self.recipe
-        table = self._student.table()
+        try:
+            table = self._student.table()
+        except ValueError as error:  # numbers that no table can have
+            raise FloatingPointError(str(error)) from None
         decibels = self._look(table)
         if decibels >= now.best_db + _BETTER:
             now.best, now.best_db, now.worse = table, decibels, 0

@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +69,11 @@ class Model:
         assert width is not None
         return height, width
 
+    @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the backbone's files and the scheduler's configuration."""
-        files = sorted((self.folder / BACKBONE[self.facts.family]).iterdir())
-        files.append(self.folder / "scheduler" / "scheduler_config.json")
+        """SHA-256 over all that pictures depend on: the files of every network, tokenizer and scheduler."""
+        parts = (BACKBONE[self.facts.family], "scheduler", "text_encoder*", "tokenizer*", "vae")
+        files = sorted(file for part in parts for file in self.folder.glob(f"{part}/*") if file.is_file())
         return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
 
     def slopes(self, prompts: Sequence[str], guidance: Sequence[float]) -> Slopes:

@@ -28,6 +28,7 @@ from runtime.tables import check_table, differences
 from . import rewards
 
 log = logging.getLogger(__name__)
+PROMPTS = 16  # whose encodings are kept
 REFERENCES = 256  # converged latents kept: those of the validation prompts come again and again
 
 
@@ -68,8 +69,9 @@ class Onnx:
         self._pipe, self.facts = pipe, pipe.bundle.facts
         plan = pipe.plan("", solver="euler", guidance_scale=guidance)
         self.guidance, self.size = plan.guidance, (plan.height, plan.width)
+        self.slope = functools.lru_cache(PROMPTS)(self._slope)  # a prompt's pictures follow one another
 
-    def slope(self, prompt: str) -> Slope:
+    def _slope(self, prompt: str) -> Slope:
         return self._pipe.slopes([prompt], self.guidance)  # type: ignore[no-any-return]
 
     def decode(self, latents: NDArray[np.float64]) -> NDArray[np.float32]:
@@ -107,7 +109,7 @@ class Torch:
         return pictures.permute(0, 2, 3, 1).cpu().numpy()  # type: ignore[no-any-return]
 
     def identity(self) -> str:
-        return f"{self._model.fingerprint()} in torch"
+        return f"{self._model.fingerprint} in torch"
 
 
 @dataclass(frozen=True)
@@ -143,10 +145,12 @@ class Recipe:
     def _onnx(self) -> Network:
         from runtime.ort import onnxruntime
         from runtime.pipeline import Pipeline
+        from runtime.providers import provider_of
+        from runtime.session import default_options
 
         options = None
         if self.threads:
-            options = onnxruntime().SessionOptions()
+            options = default_options(onnxruntime(), provider_of(self.provider))
             options.intra_op_num_threads = self.threads
         pipe = Pipeline.from_pretrained(
             self.model, provider=self.provider, provider_options=dict(self.provider_options), session_options=options

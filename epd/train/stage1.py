@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import sys
 import time
 from argparse import Namespace
@@ -22,6 +23,7 @@ from runtime import png
 from runtime.errors import NotFiniteError, RequestError
 from runtime.interval import interval
 from runtime.order import Order, groups, read_prompts
+from runtime.tables import check_table, differences
 
 from ..catalogue import cache_folder
 from ..table import Table
@@ -31,6 +33,7 @@ from .model import Model, load
 from .student import LEARNED
 from .teacher import REQUESTS, Lesson, Taught, digest, fine_grid
 
+log = logging.getLogger(__name__)
 _GROUP = 8  # images whose trajectories are made together
 
 
@@ -68,12 +71,12 @@ def distil(options: Namespace) -> None:
     if not _device(options.device):
         raise RequestError(f"--device {options.device}: torch has none here; give cpu")
     model = load(options.model, options.device, options.recompute)
-    order = _order(options, task, model)
+    order = _order(options, task, model, given)
     name = f"{model.facts.name}-{task.start}-k{task.directions}-calls{task.sequential_calls}"
     output = options.output or Path(f"{name}.json")
     png.check_writable(output, ".json")
-    if given is not None and given.family not in (None, model.facts.family):
-        raise RequestError(f"{options.from_table}: a table of {given.family}, the model is of {model.facts.family}")
+    if given is not None:
+        _check_given(model, order, given, options.from_table)
     folder = options.work or cache_folder() / "distill"
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -106,7 +109,7 @@ def _distilled(
             taught.lesson([g for g in roles if g.role == role]) for role in ("learn", "choose", "judge")
         )
     start = given or _start(model, task, learn, held, folder)
-    told = [asdict(order), asdict(recipe), asdict(task), start.to_json(), taught.times.tolist(), model.fingerprint()]
+    told = [asdict(order), asdict(recipe), asdict(task), start.to_json(), taught.times.tolist(), model.fingerprint]
     file = folder / f"distill-{digest(told)}.safetensors"
     with tqdm(total=recipe.steps, unit="step", disable=None, leave=False, desc="learning") as bar:
         news = partial(bar.write, file=sys.stderr)
@@ -125,7 +128,7 @@ def _distilled(
     }
     origin = {
         "made by": f"epd.train distill {png.version()}",
-        "checkpoint": model.fingerprint(),
+        "checkpoint": model.fingerprint,
         "teacher": f"{task.teacher}, {len(taught.times) - 1} steps",
         "teacher_steps_per_interval": round((len(taught.times) - 1) / best.steps, 2),
         "trajectories": order.trajectories,
@@ -179,6 +182,14 @@ def _given(file: Path | None) -> Table | None:
         return Table.load(file)
     except ValueError as error:
         raise RequestError(f"{error}; give a table file") from None
+
+
+def _check_given(model: Model, order: Order, given: Table, file: Path) -> None:
+    """RequestError for a table that cannot draw with the model; a warning for one that was made for something else."""
+    check_table(model.facts, given, str(file), None)
+    guidance = (*order.guidance, model.facts.defaults.guidance)[0]
+    if other := differences(model.facts, given, guidance, None, model.size):
+        log.warning("%s was made for %s", file, ", ".join(other))
 
 
 def _task(options: Namespace, given: Table | None) -> Task:
@@ -236,12 +247,13 @@ def _recipe(options: Namespace) -> Recipe:
     return recipe
 
 
-def _order(options: Namespace, task: Task, model: Model) -> Order:
+def _order(options: Namespace, task: Task, model: Model, given: Table | None) -> Order:
+    own = () if given is None or given.guidance is None else (given.guidance,)
     order = Order(
         prompts=read_prompts(options.prompts, model.folder),
         calls=task.intervals + 1,
         directions=task.directions,
-        guidance=tuple(options.guidance_scale),
+        guidance=tuple(options.guidance_scale) or own,
         trajectories=options.trajectories,
         teacher_calls=options.teacher_calls,
         candidates=max(1, options.candidates),

@@ -87,6 +87,13 @@ def _score(address: str | None, recipe: Recipe, stage: Stage) -> Score:
 
 
 def _recipe(options: argparse.Namespace, table: epd.Table) -> Recipe:
+    least = 2 * table.sequential_calls
+    if options.reference_calls < least:
+        raise RequestError(
+            f"--reference-calls {options.reference_calls}: a converged picture takes more; give {least} or more"
+        )
+    if min(options.abreast, options.threads) < 0:
+        raise RequestError("--abreast and --threads must be 0 or more")
     return Recipe(
         model=options.model,
         reward=options.reward,
@@ -97,7 +104,7 @@ def _recipe(options: argparse.Namespace, table: epd.Table) -> Recipe:
         guidance=table.guidance if options.guidance_scale is None else options.guidance_scale,
         reference_calls=options.reference_calls,
         abreast=options.abreast,
-        threads=options.threads,
+        threads=options.threads or int(options.ray is not None),
     )
 
 

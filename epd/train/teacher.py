@@ -19,10 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from runtime.designs import SHIFTS
 from runtime.facts import Facts
 from runtime.judge import curve
 from runtime.noise import randn
 from runtime.order import Group
+from runtime.png import version
 
 from ..fit import Trajectories, teach
 from ..schedule import Floats
@@ -38,7 +40,6 @@ TEACHERS: dict[str, Callable[..., Solver]] = {
 }
 REQUESTS = {"dpm2": 2, "heun": 2, "unipc": 1}  # of one step
 _REFINED = 4  # halvings of the last interval where it ends at 0
-_SHIFT = {"sd3": 2.0, "sd15": 1.0}
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class Taught:
         return found
 
     def _file(self, group: Group) -> Path:
-        told = [asdict(group), self.times.tolist(), self.method, self.model.fingerprint()]
+        told = [asdict(group), self.times.tolist(), self.method, self.model.fingerprint, version()]
         return self.folder / f"teacher-{digest(told)}.npz"
 
     def _ticking(self, slopes: Slopes, group: Group) -> Slope:
@@ -157,7 +158,7 @@ def on_arrays(slope: Slope, device: str) -> Slope:
 
 def fine_grid(facts: Facts, steps: int, first: float | None = None, last: float | None = None) -> Floats:
     """About `steps` intervals over the whole range of a model, or from `first` to `last`; shorter towards a last 0."""
-    grid = np.array(curve(facts, max(2, steps - _REFINED), _SHIFT[facts.family]))
+    grid = np.array(curve(facts, max(2, steps - _REFINED), SHIFTS[facts.family][0]))
     if grid[-1] == 0:
         grid = np.concatenate([grid[:-1], grid[-2] / 2.0 ** np.arange(1, _REFINED + 1), [0.0]])
     first, last = grid[0] if first is None else first, grid[-1] if last is None else last

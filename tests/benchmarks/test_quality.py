@@ -222,6 +222,9 @@ def test_references_that_disagree_are_refused(bundles, prompts, capsys):
         (["--prompts", "PROMPTS", "--baseline", "euler@5", "--solvers", "euler"], "is not run at '5' calls"),
         (["--prompts", "PROMPTS", "--reward-model", "hpsv2=x"], "is not NAME=PATH of a --reward NAME"),
         (["--prompts", "PROMPTS", "--teacher", "OTHER"], "no bundle of the same model"),
+        (["--prompts", "PROMPTS", "--reference-steps", "0"], "nothing is left to measure by"),
+        (["--prompts", "PROMPTS", "--reference-steps", "0", "--inception", "x"], "nothing is left to measure by"),
+        (["--prompts", "PROMPTS", "--solvers", "euler", "--reward", "shapes,clip"], "give one name, without a weight"),
     ],
 )
 def test_a_users_mistake_is_one_line(bundles, prompts, extra, message, capsys, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """A tiny VAE decoder beside the whole one: what it must fit, and that it decodes as diffusers' does."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,27 @@ def test_it_decodes_as_in_diffusers(tiny_checkpoints, tmp_path):
     with Session(bundle, TINY_DECODER) as session, torch.inference_mode():
         expected = vae.decode(torch.from_numpy(x) / 0.5 + 0.25).sample.numpy()
         assert np.abs(session(latent_sample=x)["sample"] - expected).max() < 1e-5
+
+
+def test_one_that_is_not_among_the_components_is_refused(tiny_checkpoints, tmp_path, capsys):
+    tiny(tmp_path / "vae", 4)
+    options = ["--tiny-vae", str(tmp_path / "vae"), "--components", "vae_decoder"]
+    assert export(tiny_checkpoints["sd15"], tmp_path / "bundle", *options) == 2
+    assert "not among --components" in capsys.readouterr().err
+
+
+def test_the_variant_of_a_checkpoint_is_not_the_tiny_one_s(tiny_checkpoints, tmp_path):
+    """--variant names the checkpoint's files; and where it is local, --offline is for a tiny VAE on the hub."""
+    home = tmp_path / "cache" / "models--madebyollin--taesd"
+    tiny(home / "snapshots" / "abc", 4)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("abc", encoding="utf-8")
+    checkpoint = shutil.copytree(tiny_checkpoints["sd15"], tmp_path / "sd15")
+    file = checkpoint / "vae" / "diffusion_pytorch_model.safetensors"
+    file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    options = ["--tiny-vae", "taesd", "--cache-dir", str(tmp_path / "cache"), "--offline", "--variant", "fp16"]
+    assert export(checkpoint, tmp_path / "bundle", *options, "--components", "vae_decoder", TINY_DECODER) == 0
+    assert {"vae_decoder", TINY_DECODER} == Bundle.open(tmp_path / "bundle").facts.components.keys()
 
 
 @pytest.mark.parametrize(("channels", "blocks"), [(16, 3), (4, 4)])

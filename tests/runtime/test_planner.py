@@ -326,6 +326,7 @@ def test_plan_and_generate_from_the_command_line(measured, tmp_path, capsys):
         (["plan", "MODEL", "--budget", "1ms"], "measure it once"),
         (["generate", "red", "--model", "MODEL", "--budget", "9s", "--steps", "4"], "leave --steps out"),
         (["generate", "red", "--model", "MODEL", "--quality", "-k", "4"], "leave -k out"),
+        (["generate", "red", "--model", "MODEL", "--budget", "9s", "--guidance-scale", "1"], "leave --guidance-scale"),
         (["generate", "red", "--model", "MODEL", "--quality", "--directions", "batch"], "leave --directions out"),
         (["plan", "MODEL", "--quality", "--provider", "cpu,cpu"], "is known on one provider only"),
         (["generate", "red", "--model", "MODEL", "--quality", "--low-memory"], "is known without --low-memory only"),
@@ -358,6 +359,7 @@ def test_the_newest_sitting_that_knows_both_ends():
     assert costs([without], 2) is None
     assert costs([without, whole], 2) == Costs({2: 1.0, 1: 1.0}, {2: 0.5}, 1.0, 1.0)
     assert costs([whole], 4) is None
+    assert costs([{**without, "2 rows": one}, whole], 2) == costs([whole], 2)  # a newer one that knows less
     assert costs([{**whole, "9 rows on DmlExecutionProvider 1": one}], 2) == costs([whole], 2)  # of another device
 
 
@@ -370,3 +372,13 @@ def test_a_graph_of_one_timestep_has_no_batches(tmp_path):
     found, missing = candidates(pipe, dataclasses.replace(made, rows=rows), IDLE)
     assert {one.name: one.way for one in found} == {"epd": "calls", "euler": "batch"}
     assert not missing
+
+
+def test_figures_of_another_family_or_guidance_are_told(tmp_path):
+    bundle = Bundle.open(tiny_bundle.bundle(tmp_path / "model", "sd3"))
+    found, _ = figures.of_bundle(bundle)
+    dataclasses.replace(found, guidance=9.0).save(bundle.folder / "quality.json")
+    assert figures.of_bundle(bundle)[1] == "quality was measured at guidance 9, the bundle draws at 4"
+    dataclasses.replace(found, family="sd15").save(bundle.folder / "quality.json")
+    with pytest.raises(BundleError, match="the bundle is of sd3; measure it anew"):
+        figures.of_bundle(bundle)

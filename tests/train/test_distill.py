@@ -135,7 +135,8 @@ def test_what_cannot_be_is_told_in_one_line(options, words, capsys, work):
 @pytest.mark.parametrize(
     ("change", "options", "words"),
     [
-        ({"family": "sd15"}, [], "a table of sd15, the model is of sd3"),
+        ({"family": "sd15"}, [], "is for the family sd15, shapes-sd3 is sd3"),
+        ({"times": np.array([3.0, 0.5, 0.0])}, [], "starts at sigma 3, shapes-sd3 at most at 1"),
         ({}, ["-k", "2"], "-k 2: "),
         ({}, ["--start", "history"], "has call; leave the option out"),
     ],

@@ -160,6 +160,14 @@ def test_where_it_diverges_the_best_table_so_far_is_given(flow, fitted, tmp_path
     assert "best table so far" in told[-1]
 
 
+def test_numbers_that_no_table_can_have_end_it_with_the_best_table(flow, fitted, tmp_path, monkeypatch):
+    told = []
+    learning = Learning(Recipe(steps=9, every=1), fitted, *flow, tmp_path / "checkpoint", told.append)
+    monkeypatch.setattr(Student, "table", lambda self: replace(fitted, times=fitted.times[::-1]))
+    assert learning.run().to_json() == learning.progress.best.to_json()
+    assert "strictly decreasing" in told[-1]
+
+
 def test_a_dropped_direction_is_given_by_its_neighbour(fitted):
     table = without(fitted, 1, 0)
     assert table.w[1].tolist() == [0.0, fitted.w[1].sum()]

@@ -318,6 +318,8 @@ def test_a_reward_that_breaks_loses_nothing(tmp_path, bundles, capsys, monkeypat
         (["--reward", "no.such.module"], "the reward no.such.module"),
         (["--group", "1"], "--group must be 2 or more"),
         (["--reward-model", "clip"], "is not KEY=VALUE"),
+        (["--reference-calls", "1"], "a converged picture takes more"),
+        (["--abreast", "-1"], "must be 0 or more"),
         (["-o", "nowhere/out.json"], "nowhere"),
     ],
 )

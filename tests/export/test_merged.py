@@ -88,6 +88,7 @@ def test_the_few_of_our_own_model_stay_as_they_are():
     assert plan.make(checkpoint.find("shapes-sd3", checkpoint.Hub(), None), plan.Options()).equal_tokens == 0
 
 
+@pytest.mark.slow
 def test_the_graph_does_less_and_answers_the_same(tiny_bundles, tiny_checkpoints, tmp_path):
     """Against the graph of a target for which nothing is merged."""
     height, width = map(str, SIZES["sd3"])

@@ -54,6 +54,7 @@ def test_one_that_is_not_among_the_components_is_refused(tiny_checkpoints, tmp_p
     assert "not among --components" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_variant_of_a_checkpoint_is_not_the_tiny_one_s(tiny_checkpoints, tmp_path):
     """--variant names the checkpoint's files; and where it is local, --offline is for a tiny VAE on the hub."""
     home = tmp_path / "cache" / "models--madebyollin--taesd"

@@ -76,6 +76,7 @@ def test_sigma_models_know_the_time_of_a_sigma_and_its_gradient():
     torch.testing.assert_close(slope[True], slope[False])
 
 
+@pytest.mark.slow
 def test_a_table_is_distilled_and_draws_the_same_picture_without_torch(model, work, tmp_path, capsys):
     """And again: from what was kept nothing is made anew."""
     output = tmp_path / "table.json"
@@ -148,6 +149,7 @@ def test_a_table_of_another_kind_is_refused(change, options, words, capsys, tmp_
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_there_is(tmp_path, work, capsys, monkeypatch):
     """Stopped in the middle of learning; the same command goes on."""
     from epd.train import learning

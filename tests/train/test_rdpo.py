@@ -213,6 +213,7 @@ def test_equal_tables_are_worth_the_same_whatever_they_run_beside(bundles):
     assert whole(Rollout("a red x", 6, (table,)))[0, 0] != four[0]
 
 
+@pytest.mark.slow
 def test_torch_and_onnx_runtime_draw_the_same():
     model = pytest.importorskip("epd.train.model")
     table = epd.start_table(grid("sd3"), 2)

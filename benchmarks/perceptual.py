@@ -124,6 +124,7 @@ def _state(file: Path) -> Mapping[str, Any]:
             from safetensors.torch import load_file
 
             return load_file(file)
+        # What is published is a .pth; with weights_only nothing in it is executed.
         return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
         raise _refused(file, f"no weights ({str(error).splitlines()[0]:.80})") from None

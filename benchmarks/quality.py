@@ -121,6 +121,9 @@ class Quality:
         )
 
 
+NO_NETWORKS = Networks()
+
+
 def _first_of(rows: Sequence[Any]) -> tuple[Any, ...]:
     """Without those of the same solver in as many steps, as two budgets of calls may give."""
     return tuple({(r.solver, r.steps, r.k, r.table, r.guidance_interval): r for r in reversed(rows)}.values())[::-1]
@@ -135,7 +138,7 @@ def measure(
     *,
     baseline: str = "euler",
     teacher: Bench | None = None,
-    networks: Networks = Networks(),  # noqa: B008
+    networks: Networks = NO_NETWORKS,
 ) -> Quality:
     """Runs the references, then every attempt, and compares.
 

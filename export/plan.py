@@ -14,7 +14,7 @@ from runtime.parse import load_json
 
 from . import ExportError
 from .checkpoint import Checkpoint, read_config
-from .targets import CALIBRATED, TARGETS, backbone_rows, choose, component_rows, precision
+from .targets import CALIBRATED, backbone_rows, choose, component_rows, precision
 
 OPSETS = (17, 18, 20, 21, 23)
 PICTURES, PICTURE_STEPS = 2, 6  # compared with those at fp32, unless told otherwise; a table has steps of its own
@@ -233,9 +233,9 @@ def predict(plan: Plan) -> dict[str, dict[str, int]]:
     """Bytes that each component will take: on disk at most, and of memory while it is exported and parity is tried.
 
     An estimate, from what the processes hold at their largest: the programs themselves 0.8 GB; exporting the weights
-    once and a tenth more; calibrating for an NPU 25 bytes a weight (measured at 0.2 GB of them), for a CPU 10; parity
-    them in fp32 and a share of the graph's copy. What is quantised lies on disk beside what it is made of. What it took
-    in truth is in the report.
+    once and a tenth more; calibrating 10 bytes a weight (measured for SD 1.5's UNet and a CPU; less for an NPU); parity
+    them in fp32 and a share of the graph's copy. What is quantised lies on disk beside what it is made of. What it
+    took in truth is in the report.
     """
     from .components import TRACED, count_parameters
 
@@ -245,7 +245,7 @@ def predict(plan: Plan) -> dict[str, dict[str, int]]:
         disk = int(parameters * _BYTES.get(at, 2))
         traced = int(parameters * _BYTES.get(TRACED.get(at, at), 2))
         passing = parameters * 4 if at == "bf16" else traced if traced != disk else 0
-        calibrating = parameters * (25 if TARGETS[plan.target].static else 10) if at in CALIBRATED else 0
+        calibrating = parameters * 10 if at in CALIBRATED else 0
         predicted[component] = {
             "parameters": parameters,
             "disk_bytes": disk + passing,

@@ -212,7 +212,7 @@ def add(commands: Any) -> None:
         required=True,
         metavar="NAME[=FOLDER],...",
         help="diffusers (torch eager; FOLDER: the checkpoint), optimum (FOLDER: that it exported), openvino (FOLDER: "
-        "whose graph), floor (computed), bundle=FOLDER",
+        "whose graph), floor (computed), bundle=FOLDER, low-memory (ours with --low-memory)",
     )
     command.add_argument(
         "--python",

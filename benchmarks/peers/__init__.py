@@ -245,6 +245,16 @@ def _bundle(work: Work, folder: str) -> Contender:
     return Contender(f"bundle {other.folder.name}", _OURS, job, weights, forwards=work.forwards)
 
 
+def _low_memory(work: Work, folder: str) -> Contender:
+    if folder:
+        raise RequestError("low-memory is of MODEL; give it no folder")
+    if work.kind == "picture" and work.threads_given:
+        raise RequestError("low-memory draws pictures with session options of its own; leave --threads out")
+    first = ours(work)[0]
+    job = dict(first.job) | {"low_memory": True}
+    return replace(first, name="ours, low memory", job=job, weights="same")
+
+
 def _beside(bundle: Bundle, other: Bundle) -> Weights:
     if other.foreign:
         return "unknown"
@@ -263,4 +273,5 @@ PEERS: dict[str, Peer] = {
     "openvino": Peer(_openvino, ("openvino", "numpy"), "openvino numpy", pictures=False),
     "floor": Peer(_floor),
     "bundle": Peer(_bundle),
+    "low-memory": Peer(_low_memory),
 }

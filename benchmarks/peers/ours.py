@@ -23,15 +23,15 @@ def load(job: dict[str, Any]) -> Ready:
     if job["threads_given"]:
         options = default_options(onnxruntime(), CPU)
         options.intra_op_num_threads = job["threads"]
-    bundle = Bundle.open(find(job["folder"]))
+    bundle, lean = Bundle.open(find(job["folder"])), job.get("low_memory", False)
     told: dict[str, Any] = {
         "precision": bundle.facts.components[bundle.backbone].precision,
         "threads": job["threads"],
         "versions": versions(["epd-toolkit", *base_wheels()]),
     }
     if job["work"] == "picture":
-        return _pictures(Pipeline(bundle, session_options=options), job["picture"], told)
-    session = Session(bundle, bundle.backbone, session_options=options)
+        return _pictures(Pipeline(bundle, session_options=options, low_memory=lean), job["picture"], told)
+    session = Session(bundle, bundle.backbone, session_options=options, low_memory=lean)
     session.load()
     feeds = session.fit(dict(np.load(job["feeds"])))
     return Ready(lambda: next(iter(session(**feeds).values())), told=told)

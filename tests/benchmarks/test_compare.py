@@ -163,12 +163,13 @@ def test_ours_and_another_bundle(shapes, tmp_path, capsys):
     other.symlink_to(shapes.folder, target_is_directory=True)
     files = {name: tmp_path / f"a.{name}" for name in ("csv", "md", "png")}
     options = ["--csv", str(files["csv"]), "--markdown", str(files["md"]), "--plot", str(files["png"]), "--json"]
-    asked = ["--against", f"bundle={other}", "--rounds", "2", "--runs", "2", "--rows", "2", "--threads", "1"]
+    asked = ["--against", f"bundle={other},low-memory", "--rounds", "2", "--runs", "2", "--rows", "2", "--threads", "1"]
     assert main(["compare", "shapes-sd3", *asked, *options]) == 0
     told = json.loads(capsys.readouterr().out)
-    first, second = told["sides"]
-    assert (first["name"], second["name"]) == ("ours", "bundle other")
+    first, second, lean = told["sides"]
+    assert (first["name"], second["name"], lean["name"]) == ("ours", "bundle other", "ours, low memory")
     assert (first["error"], second["error"]) == (None, 0.0)
+    assert 0 < lean["error"] < 0.01  # fp16 weights, other kernels: really run so
     answers = {turn["sha256"] for one in (first, second) for turn in one["turns"]}
     assert len(answers) == 1
     for one in (first, second):
@@ -180,9 +181,12 @@ def test_ours_and_another_bundle(shapes, tmp_path, capsys):
     with files["csv"].open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["contender"], row["round"], row["run"]) for row in rows] == [
-        (name, str(turn), str(run)) for name in ("ours", "bundle other") for turn in (1, 2) for run in (1, 2)
+        (name, str(turn), str(run))
+        for name in ("ours", "bundle other", "ours, low memory")
+        for turn in (1, 2)
+        for run in (1, 2)
     ]
-    assert "| bundle other |" in files["md"].read_text(encoding="utf-8")
+    assert "| bundle other " in files["md"].read_text(encoding="utf-8")
     assert files["png"].read_bytes().startswith(b"\x89PNG")
 
 
@@ -395,6 +399,8 @@ def test_optimums_graphs_are_made_once(shapes, tmp_path, cache, monkeypatch):
         (["--against", "tensorflow"], "--against 'tensorflow' is not known; choose from diffusers, optimum, openvino"),
         (["--against", "floor,floor"], "--against names floor twice"),
         (["--against", "floor=here"], "give it no folder"),
+        (["--against", "low-memory=here"], "give it no folder"),
+        (["--against", "low-memory", "--work", "picture", "--threads", "1"], "leave --threads out"),
         (["--against", "bundle"], "bundle=FOLDER"),
         (["--against", "bundle=nowhere"], "no such folder"),
         (["--against", "diffusers=."], "no transformer/config.json in it"),

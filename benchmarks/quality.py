@@ -19,6 +19,7 @@ do; so does every solver once more, as NAME even, on evenly spaced network times
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ SCENES_SEED = 303  # nothing is trained, fitted or chosen by these captions
 CONVERGED_DB = 40.0  # to which two references must agree
 AGREEING = 64  # prompts whose images the second reference is run on: it is not what others are compared with
 
+log = logging.getLogger(__name__)
 Measured = Mapping[str, Estimate]  # metric -> what it is
 
 
@@ -397,7 +399,14 @@ def _attempts(bench: Bench, options: argparse.Namespace) -> tuple[list[Attempt],
     facts = bench.pipe.bundle.facts
     tables = [*(bench.pipe.bundle.folder / name for name in facts.tables), *options.table]
     if options.preset == "headline":
-        made = headline(bench, [*tables, *fetched(bench)])
+        tables += fetched(bench)
+        if not tables:
+            log.warning(
+                "NO LEARNED TABLE of %s is here, so EPD-Solver is not compared; bring the authors' with `python -m epd "
+                "fetch NAME`, or give --table FILE",
+                facts.name,
+            )
+        made = headline(bench, tables)
         return made, options.baseline or f"{facts.defaults.solver}@{facts.defaults.steps}"
     intervals = [(low, high) for low, high in options.guidance_interval]
     return entrants(bench, options.calls, tables, options.solvers, intervals), options.baseline or "euler"

@@ -2,17 +2,15 @@
 
 import numpy as np
 import pytest
-
-try:
-    import torchvision
-    from torchmetrics.functional.image.lpips import _LPIPS
-except (ImportError, RuntimeError):
-    pytest.skip("needs the extra `quality`, and torchvision of torch's own build", allow_module_level=True)
 import torch
 from safetensors.torch import save_file
 
 from benchmarks import perceptual
 from runtime.errors import RequestError
+
+from .vision import torchvision
+
+LPIPS = pytest.importorskip("torchmetrics.functional.image.lpips", reason="needs the extra `quality`")._LPIPS
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +30,7 @@ def pictures(seed, count=3):
 def test_lpips_is_the_librarys_with_the_files_weights(alexnet):
     """By hand: the library's module, its backbone's parameters set in the order of its layers."""
     file, state = alexnet
-    model = _LPIPS(net="alex", pnet_rand=True)
+    model = LPIPS(net="alex", pnet_rand=True)
     with torch.no_grad():
         for own, given in zip(model.net.parameters(), state.values(), strict=True):
             own.copy_(given)

@@ -304,6 +304,14 @@ def test_the_headline(bundles, prompts, tmp_path, capsys, monkeypatch):
     assert "converged" not in (tmp_path / "headline.md").read_text(encoding="utf-8")
 
 
+def test_a_headline_without_a_table_says_so(bundles, prompts, capsys, caplog, monkeypatch):
+    monkeypatch.setattr("benchmarks.perceptual.reward", lambda *_: lambda pictures: pictures.mean((1, 2, 3)))
+    command = ["quality", str(bundles["sd3"]), "--preset", "headline", "--prompts", prompts, "--count", "2"]
+    assert main([*command, "--reference-steps", "0", "--reward", "bright", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["rows"]) == 4
+    assert "NO LEARNED TABLE" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("values", "message"), [([1.0, math.nan, 0.0], "gave NaN or infinity"), ([1.0], r"gave shape \(1,\)")]
 )

@@ -5,6 +5,7 @@ Knows nothing of solvers or pictures. Tokenizers come from the bundle's own fold
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -113,6 +114,19 @@ def tokenize(folder: Path, prompts: Sequence[str], length: int) -> NDArray[np.in
     BundleError
         The folder has no readable tokenizer, or its pad token is not in the vocabulary.
     """
+    stats = [(file.name, file.stat()) for file in sorted(folder.glob("*.*"))]
+    tokenizer = _settled(folder, length, tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats))
+    encodings = tokenizer.encode_batch(list(prompts))
+    for prompt, encoding in zip(prompts, encodings, strict=True):
+        if encoding.overflowing:
+            kept = max(stop for _, stop in encoding.offsets)
+            log.warning("%s: the prompt is cut to %d tokens; lost: %r", folder.name, length, prompt[kept:].strip())
+    return np.array([encoding.ids for encoding in encodings], np.int64)
+
+
+@functools.lru_cache(maxsize=3)  # a bundle's; CLIP's takes longer to read than a prompt to encode
+def _settled(folder: Path, length: int, stamps: tuple[tuple[str, int, int], ...]) -> tokenizers.Tokenizer:
+    """Cuts and pads; nothing changes it any more, so threads may share it. `stamps`: of the folder's files."""
     tokenizer = _open(folder)
     pad = _word(folder, "pad_token", "")
     pad_id = tokenizer.token_to_id(pad)
@@ -120,12 +134,7 @@ def tokenize(folder: Path, prompts: Sequence[str], length: int) -> NDArray[np.in
         raise BundleError(f"{folder}: pad_token {pad!r} is not in the vocabulary; export or copy the bundle again")
     tokenizer.enable_padding(length=length, pad_id=pad_id, pad_token=pad)
     tokenizer.enable_truncation(length)
-    encodings = tokenizer.encode_batch(list(prompts))
-    for prompt, encoding in zip(prompts, encodings, strict=True):
-        if encoding.overflowing:
-            kept = max(stop for _, stop in encoding.offsets)
-            log.warning("%s: the prompt is cut to %d tokens; lost: %r", folder.name, length, prompt[kept:].strip())
-    return np.array([encoding.ids for encoding in encodings], np.int64)
+    return tokenizer
 
 
 def _open(folder: Path) -> tokenizers.Tokenizer:

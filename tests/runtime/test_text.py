@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny_bundle
 
+from runtime import text
 from runtime.bundle import Bundle
 from runtime.errors import BundleError
 from runtime.session import Session
@@ -48,6 +49,19 @@ def test_what_is_cut_is_told(tmp_path, caplog):
     assert ids[0, -1] == tiny_bundle.vocabulary()["<|endoftext|>"]
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert caplog.messages == ["tokenizer: the prompt is cut to 6 tokens; lost: 'Blue sky'"]
+
+
+def test_a_tokenizer_is_read_once_and_again_when_its_files_change(tmp_path, monkeypatch):
+    folder, read = tmp_path / "tokenizer", []
+    tiny_bundle.tokenizer(folder)
+    opened = text._open
+    monkeypatch.setattr(text, "_open", lambda path: read.append(path) or opened(path))
+    before = [tokenize(folder, ["red"], 6).tolist() for _ in range(2)]
+    assert (len(read), before[0]) == (1, before[1])
+    shutil.rmtree(folder)
+    tiny_bundle.tokenizer(folder, pad="!")
+    assert tokenize(folder, ["red"], 6).tolist() != before[0]
+    assert len(read) == 2
 
 
 UNIGRAM = {"type": "Unigram", "vocab": [["!", 0.0]], "unk_id": None}

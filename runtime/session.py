@@ -60,8 +60,8 @@ class Session:
     Attributes
     ----------
     load_seconds, compile_seconds, run_seconds, calls
-        Totals over the life of this object, over all loads. What was compiled and kept (see `runtime.cache`) is no
-        part of loading.
+        Totals over the life of this object, over all loads; releasing counts as loading. What was compiled and kept
+        (see `runtime.cache`) does not.
     retries
         Calls among them that were made again, for NaN or infinity on a provider that is known to give them by chance.
     assignment
@@ -223,7 +223,9 @@ class Session:
 
     def unload(self) -> None:
         """Releases the session and its memory; it can be loaded again."""
+        started = time.perf_counter()
         self._session = self._binding = None
+        self.load_seconds += time.perf_counter() - started
         for part in self._parts.values():
             part.unload()
 

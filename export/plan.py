@@ -233,9 +233,9 @@ def predict(plan: Plan) -> dict[str, dict[str, int]]:
     """Bytes that each component will take: on disk at most, and of memory while it is exported and parity is tried.
 
     An estimate, from what the processes hold at their largest: the programs themselves 0.8 GB; exporting the weights
-    once and a tenth more; calibrating 10 bytes a weight (measured for SD 1.5's UNet and a CPU; less for an NPU); parity
-    them in fp32 and a share of the graph's copy. What is quantised lies on disk beside what it is made of. What it
-    took in truth is in the report.
+    once and a tenth more; calibrating 10 bytes a weight (measured for SD 1.5's UNet and a CPU; for an NPU, at 0.2 G
+    weights, 5); parity them in fp32 and a share of the graph's copy. What is quantised lies on disk beside what it is
+    made of. What it took in truth is in the report.
     """
     from .components import TRACED, count_parameters
 

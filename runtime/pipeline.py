@@ -40,7 +40,7 @@ from .providers import CPU, check_options, provider_of
 from .report import Clock, Report, Result
 from .session import Session, check_low_memory
 from .slopes import Slopes, directions_of
-from .text import conditioning
+from .text import conditioning, forget_tokenizers
 
 BUILT_IN = Path(__file__).parent / "bundles"  # package data
 DEFAULT = "shapes-sd3"
@@ -350,7 +350,8 @@ class Pipeline:
         return self._session(self.bundle.backbone).assignment
 
     def close(self) -> None:
-        """Releases all sessions; they are loaded again when needed."""
+        """Releases all sessions and tokenizers; they are loaded again when needed."""
+        forget_tokenizers()
         for session in self._sessions.values():
             session.unload()
 

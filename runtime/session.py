@@ -228,6 +228,8 @@ class Session:
         self.load_seconds += time.perf_counter() - started
         for part in self._parts.values():
             part.unload()
+        if self._parts:
+            self._tally()
 
     def __enter__(self) -> Session:
         return self.load()

@@ -26,6 +26,7 @@ Floats = NDArray[Any]  # float32 or float16, as the graph gives them
 log = logging.getLogger(__name__)
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"  # where the settings name no others
+_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json")
 # Words of CLIP's byte-pair encoding: contractions, runs of letters, single digits, runs of anything else.
 _CLIP_WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
@@ -114,7 +115,7 @@ def tokenize(folder: Path, prompts: Sequence[str], length: int) -> NDArray[np.in
     BundleError
         The folder has no readable tokenizer, or its pad token is not in the vocabulary.
     """
-    stats = [(file.name, file.stat()) for file in sorted(folder.glob("*.*"))]
+    stats = [(file.name, file.stat()) for file in (folder / name for name in _FILES) if file.is_file()]
     tokenizer = _settled(folder, length, tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats))
     encodings = tokenizer.encode_batch(list(prompts))
     for prompt, encoding in zip(prompts, encodings, strict=True):
@@ -124,7 +125,12 @@ def tokenize(folder: Path, prompts: Sequence[str], length: int) -> NDArray[np.in
     return np.array([encoding.ids for encoding in encodings], np.int64)
 
 
-@functools.lru_cache(maxsize=3)  # a bundle's; CLIP's takes longer to read than a prompt to encode
+def forget_tokenizers() -> None:
+    """Releases the tokenizers, which are kept from one picture to the next."""
+    _settled.cache_clear()
+
+
+@functools.lru_cache(maxsize=6)  # two bundles'; CLIP's takes longer to read than a prompt to encode
 def _settled(folder: Path, length: int, stamps: tuple[tuple[str, int, int], ...]) -> tokenizers.Tokenizer:
     """Cuts and pads; nothing changes it any more, so threads may share it. `stamps`: of the folder's files."""
     tokenizer = _open(folder)

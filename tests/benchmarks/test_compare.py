@@ -153,6 +153,8 @@ def test_the_picture_of_all(shapes):
     first, euler = peers.ours(work)
     assert (first.forwards, euler.forwards) == (18, 12)
     assert euler.job["picture"]["ours"] == {"solver": "euler", "num_inference_steps": 6}
+    (lean,) = peers.against(dataclasses.replace(work, threads_given=False), ["low-memory"], {})
+    assert (lean.job["low_memory"], lean.job["picture"], lean.forwards) == (True, first.job["picture"], 18)
     with pytest.raises(RequestError, match="openvino draws no whole pictures here"):
         peers.against(work, ["openvino"], {})
 
@@ -163,7 +165,7 @@ def test_ours_and_another_bundle(shapes, tmp_path, capsys):
     other.symlink_to(shapes.folder, target_is_directory=True)
     files = {name: tmp_path / f"a.{name}" for name in ("csv", "md", "png")}
     options = ["--csv", str(files["csv"]), "--markdown", str(files["md"]), "--plot", str(files["png"]), "--json"]
-    asked = ["--against", f"bundle={other},low-memory", "--rounds", "2", "--runs", "2", "--rows", "2", "--threads", "1"]
+    asked = ["--against", f"bundle={other},low-memory", "--rounds", "2", "--runs", "2", "--rows", "4", "--threads", "1"]
     assert main(["compare", "shapes-sd3", *asked, *options]) == 0
     told = json.loads(capsys.readouterr().out)
     first, second, lean = told["sides"]

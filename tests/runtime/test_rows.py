@@ -85,7 +85,9 @@ def test_a_session_takes_any_rows_that_its_graphs_make_up(static, bundles, caplo
             }
             np.testing.assert_allclose(fixed(**fed)["out_sample"], free(**fed)["out_sample"], rtol=0, atol=1e-6)
     assert fixed.calls == 1 + 1 + 2 + 2 + 2
-    assert fixed.load_seconds > 0
+    loading = fixed.load_seconds
+    fixed.unload()
+    assert fixed.load_seconds > loading > 0  # releasing its graphs is told, too
     assert [record.args[0].split(", for")[0] for record in caplog.records] == [
         "unet: 6 rows run as calls of 4 + 2",
         "unet: 8 rows run as calls of 4 + 4",

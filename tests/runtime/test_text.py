@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 import shutil
 
 import numpy as np
@@ -58,10 +59,16 @@ def test_a_tokenizer_is_read_once_and_again_when_its_files_change(tmp_path, monk
     monkeypatch.setattr(text, "_open", lambda path: read.append(path) or opened(path))
     before = [tokenize(folder, ["red"], 6).tolist() for _ in range(2)]
     assert (len(read), before[0]) == (1, before[1])
+    os.utime(folder / "vocab.json", ns=(0, 0))  # of the same size
+    assert tokenize(folder, ["red"], 6).tolist() == before[0]
+    assert len(read) == 2
     shutil.rmtree(folder)
     tiny_bundle.tokenizer(folder, pad="!")
+    (folder / ".#vocab.json").symlink_to("nowhere")  # an editor's
     assert tokenize(folder, ["red"], 6).tolist() != before[0]
-    assert len(read) == 2
+    text.forget_tokenizers()
+    tokenize(folder, ["red"], 6)
+    assert len(read) == 4
 
 
 UNIGRAM = {"type": "Unigram", "vocab": [["!", 0.0]], "unk_id": None}

@@ -28,6 +28,7 @@ from runtime.tables import check_table, differences
 from ..catalogue import cache_folder
 from ..table import Table
 from .begin import even, fitted
+from .cluster import connected
 from .learning import Learning, Recipe, score
 from .model import Model, load
 from .student import LEARNED
@@ -70,6 +71,10 @@ def distil(options: Namespace) -> None:
     task, recipe = _task(options, given), _recipe(options)
     if not _device(options.device):
         raise RequestError(f"--device {options.device}: torch has none here; give cpu")
+    if options.ray is not None:
+        if options.device != "cpu":
+            raise RequestError("--ray makes trajectories on processors; leave --device or --ray out")
+        connected(options.ray)
     model = load(options.model, options.device, options.recompute)
     order = _order(options, task, model, given)
     name = f"{model.facts.name}-{task.start}-k{task.directions}-calls{task.sequential_calls}"
@@ -80,7 +85,7 @@ def distil(options: Namespace) -> None:
     folder = options.work or cache_folder() / "distill"
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        table, told = _distilled(model, order, task, recipe, given, folder)
+        table, told = _distilled(model, order, task, recipe, given, folder, options.ray)
     except FloatingPointError as error:
         raise NotFiniteError(f"{model.facts.name}: {error}; give a smaller guidance scale") from None
     except torch.OutOfMemoryError:
@@ -96,7 +101,7 @@ def distil(options: Namespace) -> None:
 
 
 def _distilled(
-    model: Model, order: Order, task: Task, recipe: Recipe, given: Table | None, folder: Path
+    model: Model, order: Order, task: Task, recipe: Recipe, given: Table | None, folder: Path, cluster: str | None
 ) -> tuple[Table, dict[str, Any]]:
     """The table, signed, and what its judgement says."""
     began = time.perf_counter()
@@ -105,6 +110,8 @@ def _distilled(
     with tqdm(unit="row", disable=None, leave=False, desc="teacher") as bar:  # None: on a terminal only
         taught = Taught(model, _teacher_times(model, order, task, given), task.teacher, folder, bar.update)
         bar.total = taught.rows(roles)
+        if cluster is not None:
+            taught.gather(roles, cluster)
         learn, held, judge = (
             taught.lesson([g for g in roles if g.role == role]) for role in ("learn", "choose", "judge")
         )

@@ -31,7 +31,8 @@ from ..schedule import Floats
 from ..solve import Points, Slope, Solver
 from ..solvers import dpm2, heun, unipc
 from ..table import write_whole
-from .model import Model, Slopes
+from .cluster import spread
+from .model import Model, load
 
 TEACHERS: dict[str, Callable[..., Solver]] = {
     "dpm2": lambda times, flow: dpm2(times),
@@ -93,8 +94,11 @@ class Taught:
     ticked: Callable[[int], None] = lambda rows: None  # rows of the network done
 
     def rows(self, groups: Sequence[Group]) -> int:
-        """Rows of the network that their trajectories take."""
-        return sum(group.rows for group in groups) * (REQUESTS[self.method] * (len(self.times) - 1) + 1)
+        """Rows of the network that their trajectories take, but for those that are there."""
+        return sum(self._rows(group) for group in groups if not self._file(group).is_file())
+
+    def _rows(self, group: Group) -> int:
+        return group.rows * (REQUESTS[self.method] * (len(self.times) - 1) + 1)
 
     def lesson(self, groups: Sequence[Group]) -> Lesson:
         """All images of some groups.
@@ -108,41 +112,87 @@ class Taught:
         """
         prompts = [prompt for group in groups for prompt in group.prompts]
         whole = self.model.slopes(prompts, [group.guidance for group in groups for _ in group.seeds])
-        parts, names, end = [], [self._file(group).name for group in groups], 0
-        for group in groups:
-            start, end = end, end + len(group.seeds)
-            parts.append(self._taught(group, whole.part(range(start, end))))
+        parts, names = [self._taught(group) for group in groups], [self._file(group).name for group in groups]
         x, d = (np.concatenate([getattr(part, name) for part in parts], axis=1) for name in ("x", "d"))
         return Lesson(whole.part, Trajectories(self.times, x, d), self.model.pictures, self.model.device, digest(names))
 
-    def _taught(self, group: Group, slopes: Slopes) -> Trajectories:
-        file = self._file(group)
-        try:
-            with file.open("rb") as opened, np.load(opened) as stored:
-                found = Trajectories(stored["times"], stored["x"], stored["d"])
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # not there, or damaged: made anew
-            first = np.stack([randn(self.model.shape, seed) for seed in group.seeds])
-            flow = self.model.facts.family == "sd3"
-            method = partial(TEACHERS[self.method], flow=flow)
-            found = teach(self._ticking(slopes, group), self.times[0] * first.astype(np.float64), self.times, method)
-            whole = io.BytesIO()
-            np.savez(whole, times=found.times, x=found.x, d=found.d)
-            write_whole(file, whole.getvalue())
-        else:
-            self.ticked(self.rows([group]))
+    def gather(self, groups: Sequence[Group], address: str) -> None:
+        """Has a Ray cluster (see `cluster.spread`), whose machines have the checkpoint's folder, make what is missing.
+
+        Raises
+        ------
+        RequestError
+            The cluster is not reached, or its workers died again and again: what they had made is kept.
+        """
+        missing = [group for group in groups if self._kept(group) is None]
+        answers = spread(
+            Teaching(str(self.model.folder.absolute()), tuple(self.times.tolist()), self.method), missing, address
+        )
+        for group, found in zip(missing, answers, strict=True):
+            self._keep(group, found)
+            self.ticked(self._rows(group))
+
+    def _taught(self, group: Group) -> Trajectories:
+        found = self._kept(group)
+        if found is None:
+            found = trajectories(self.model, group, self.times, self.method, self.ticked)
+            self._keep(group, found)
         return found
+
+    def _kept(self, group: Group) -> Trajectories | None:
+        """None: not there, or damaged."""
+        try:
+            with self._file(group).open("rb") as opened, np.load(opened) as stored:
+                return Trajectories(stored["times"], stored["x"], stored["d"])
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None
+
+    def _keep(self, group: Group, found: Trajectories) -> None:
+        whole = io.BytesIO()
+        np.savez(whole, times=found.times, x=found.x, d=found.d)
+        write_whole(self._file(group), whole.getvalue())
 
     def _file(self, group: Group) -> Path:
         told = [asdict(group), self.times.tolist(), self.method, self.model.fingerprint, version()]
         return self.folder / f"teacher-{digest(told)}.npz"
 
-    def _ticking(self, slopes: Slopes, group: Group) -> Slope:
-        def slope(points: Any) -> Any:
-            answer = on_arrays(slopes, self.model.device)(points)
-            self.ticked(group.rows)
-            return answer
 
-        return slope
+@dataclass(frozen=True)
+class Teaching:
+    """The trajectories of one group after the other, as a worker of a cluster makes them: on one core each."""
+
+    model: str
+    times: tuple[float, ...]
+    method: str
+    threads: int = 1
+
+    def open(self) -> Callable[[Group], Trajectories]:
+        torch.set_num_threads(self.threads)
+        model, times = load(self.model), np.array(self.times)
+        return lambda group: trajectories(model, group, times, self.method)
+
+
+def trajectories(
+    model: Model, group: Group, times: Floats, method: str, ticked: Callable[[int], None] = lambda rows: None
+) -> Trajectories:
+    """Of a group's images, which depend on the group alone, not on what else is made.
+
+    Raises
+    ------
+    FloatingPointError
+        The model gave NaN or infinity.
+    """
+    slopes = model.slopes(group.prompts, [group.guidance] * len(group.seeds))
+    quick = on_arrays(slopes.part(range(len(group.seeds))), model.device)
+
+    def slope(points: Any) -> Any:
+        answer = quick(points)
+        ticked(group.rows)
+        return answer
+
+    first = np.stack([randn(model.shape, seed) for seed in group.seeds]).astype(np.float64)
+    solver = partial(TEACHERS[method], flow=model.facts.family == "sd3")
+    return teach(slope, times[0] * first, times, solver)
 
 
 def on_arrays(slope: Slope, device: str) -> Slope:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import epd
 from epd.train.__main__ import main
@@ -80,6 +81,27 @@ def test_a_training_on_a_cluster_is_the_one_here(tmp_path):
     np.testing.assert_array_equal(here.w, there.w)
     logs = [[{**line, "seconds": 0} for line in read_log(tmp_path / name)] for name in ("here", "there")]
     assert logs[0] == logs[1]
+
+
+def test_a_teacher_on_a_cluster_is_the_one_here(tiny_checkpoints, tmp_path):
+    """The same trajectories to the last bit, in files of the same names; so the same table."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as a worker's
+    (tmp_path / "prompts.txt").write_text("\n".join(f"a red {c}" for c in "abcdefghijkl"), encoding="utf-8")
+    for name, more in (("here", []), ("there", ["--ray", "local"])):
+        options = ["-n", 3, "-k", 2, "--trajectories", 16, "--teacher-calls", 40, "--steps", 2, "--every", 1]
+        options += ["--prompts", tmp_path / "prompts.txt", "--candidates", 2, "--work", tmp_path / name]
+        command = ["distill", tiny_checkpoints["sd3"], *options, "-o", tmp_path / f"{name}.json", *more]
+        assert main([str(one) for one in command]) == 0
+    torch.set_num_threads(threads)
+    files = [sorted((tmp_path / name).glob("teacher-*.npz")) for name in ("here", "there")]
+    assert [file.name for file in files[0]] == [file.name for file in files[1]]
+    assert len(files[0]) >= 3
+    for here, there in zip(*files, strict=True):
+        assert np.array_equal(np.load(here)["x"], np.load(there)["x"])
+    here, there = (epd.Table.load(tmp_path / f"{name}.json") for name in ("here", "there"))
+    np.testing.assert_array_equal(here.r, there.r)
+    np.testing.assert_array_equal(here.w, there.w)
 
 
 def test_a_cluster_that_is_not_there_is_told(tmp_path):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 
 EVEN = " even"  # ends the name of a solver that runs on evenly spaced network times
-NOISE_SEED = 9_000_000  # of the first image, image i has NOISE_SEED + i; nothing is trained, fitted or chosen by these
+NOISE_SEED = 9_000_000  # of the first image, image i has one i higher; nothing is trained, fitted or chosen by these
 MOST_TOLD = 16  # batches whose conditioning is kept: that of a large model is large
 
 
@@ -69,14 +69,16 @@ class Bench:
         batch: int,
         work: Path | None = None,
         seeds: int = 1,
+        noise_seed: int = NOISE_SEED,
     ) -> None:
         from runtime.noise import randn
 
         self.pipe, self.guidance, self.work, self.seeds = pipe, guidance, work, seeds
+        self.noise_seed = noise_seed
         self.prompts = [prompt for prompt in prompts for _ in range(seeds)]  # of every image
         self.flow = pipe.bundle.facts.family == "sd3"
         shape = pipe.plan("", solver="euler").latent_shape
-        self._noise = np.stack([randn(shape, NOISE_SEED + i) for i in range(len(self.prompts))])
+        self._noise = np.stack([randn(shape, noise_seed + i) for i in range(len(self.prompts))])
         self._batch = batch
         self._slopes: dict[tuple[int, int], Slopes] = {}  # by the images: each costs a run of the text encoders
 
@@ -142,7 +144,12 @@ class Bench:
 
         bundle = self.pipe.bundle
         parts: list[Any] = [version(), self.pipe.provider]
-        parts += [bundle.fingerprint() or str(bundle.folder.resolve()), list(self.prompts), NOISE_SEED, self.guidance]
+        parts += [
+            bundle.fingerprint() or str(bundle.folder.resolve()),
+            list(self.prompts),
+            self.noise_seed,
+            self.guidance,
+        ]
         parts += [attempt.name, attempt.times, attempt.start_scale, attempt.numbers, attempt.interval]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 

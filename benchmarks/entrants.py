@@ -32,13 +32,14 @@ def entrants(
     tables: Sequence[Path],
     only: Sequence[str] | None,
     intervals: Sequence[tuple[float, float]] = (),
+    most_work: float = math.inf,
 ) -> list[Attempt]:
     """Everything that is compared: Euler first, then each deterministic solver of the family at each number of calls,
     the untrained start tables, the tables, and the solvers that are parallel in time; all of it but those once more
     with guidance in each of the intervals (sigma) only.
 
-    The numbers of calls are those given and, so that tables meet their equals, the sequential calls and the total
-    evaluations of every table.
+    The numbers of calls are those given and, so that tables meet their equals, the sequential calls of every table and
+    its total evaluations, where these are no more than `most_work`.
 
     Raises
     ------
@@ -50,7 +51,8 @@ def entrants(
     family = bench.pipe.bundle.facts.family
     plans = _plans(bench, tables)
     made = [plan.table for plan in plans.values()]
-    calls = sorted({*calls, *(one.sequential_calls for one in made), *(one.total_evaluations for one in made)})
+    work = {one.total_evaluations for one in made if one.total_evaluations <= most_work}
+    calls = sorted({*calls, *(one.sequential_calls for one in made), *work})
     methods = [m.name for m in epd.solvers.METHODS.values() if not m.noisy and m.calls and family in m.families]
     names = [*methods, "epd", *PARALLEL]
     wanted = {*names} if only is None else {*only, "euler"}

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import epd
 
-from .bench import EVEN, Attempt, Bench
+from .bench import EVEN, NOISE_SEED, Attempt, Bench
 from .bootstrap import Bootstrap, Estimate, Figure
 from .common import add_outputs, check_outputs, publish
 from .entrants import entrants, fetched, headline, references
@@ -95,6 +96,7 @@ class Quality:
     frechet_to: str
     seconds_from: str
     left_out: tuple[str, ...]
+    notes: tuple[str, ...]  # what a reader has to know besides
     rows: tuple[Row, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -141,6 +143,7 @@ def measure(
     baseline: str = "euler",
     teacher: Bench | None = None,
     networks: Networks = NO_NETWORKS,
+    notes: Sequence[str] = (),
 ) -> Quality:
     """Runs the references, then every attempt, and compares.
 
@@ -191,7 +194,8 @@ def measure(
     prompts = len(bench.prompts) // bench.seeds
     return Quality(
         facts.name, facts.source.id, facts.family, precision, bench.pipe.provider, bench.guidance, prompts, bench.seeds,
-        baseline, tuple(attempt.name for attempt in pair), agreement, judge.frechet_to, watch.told, noisy, tuple(rows),
+        baseline, tuple(attempt.name for attempt in pair), agreement, judge.frechet_to, watch.told, noisy, tuple(notes),
+        tuple(rows),
     )  # fmt: skip
 
 
@@ -293,6 +297,10 @@ def add(commands: Any) -> None:
         help="headline: the model's own steps and 20, iPNDM-20, DPM-Solver++-20, tables",
     )
     command.add_argument("--calls", type=int, nargs="+", default=CALLS, metavar="M", help=f"default {CALLS}")
+    command.add_argument(
+        "--most-work", type=float, default=math.inf, metavar="E",
+        help="tables of more evaluations are not compared with solvers of as many (default: all are)",
+    )  # fmt: skip
     command.add_argument("--table", type=Path, nargs="+", default=[], metavar="FILE", help="beside the bundle's own")
     command.add_argument(
         "--solvers", nargs="+", metavar="NAME", help="only these and euler; epd: the start tables (default: all)"
@@ -300,6 +308,10 @@ def add(commands: Any) -> None:
     command.add_argument("--prompts", type=Path, metavar="FILE", help="one a line (default: held-out captions)")
     command.add_argument("--count", type=int, default=64, metavar="B", help="prompts used (default 64)")
     command.add_argument("--seeds", type=int, default=1, metavar="S", help="images of each prompt (default 1)")
+    command.add_argument(
+        "--seed", type=int, default=NOISE_SEED, metavar="S",
+        help=f"of the first image (default {NOISE_SEED}; another one, to choose by other pictures than are told)",
+    )  # fmt: skip
     command.add_argument("--guidance-scale", type=float, metavar="G", help="default: the model's own")
     command.add_argument(
         "--guidance-interval", type=float, nargs=2, action="append", default=[], metavar=("LO", "HI"),
@@ -360,8 +372,15 @@ def _run(options: argparse.Namespace) -> None:
     if scenes is None and not options.reference_steps and (options.inception or not options.reward):
         raise RequestError("--reference-steps 0: nothing is left to measure by; leave it out, or give --reward alone")
     guidance = facts.defaults.guidance if options.guidance_scale is None else options.guidance_scale
-    bench = Bench(pipe, prompts, guidance, options.batch, options.work, options.seeds)
+    bench = Bench(pipe, prompts, guidance, options.batch, options.work, options.seeds, options.seed)
     attempts, baseline = _attempts(bench, options)
+    notes = []
+    if options.preset == "headline" and not any(attempt.kind == "table" for attempt in attempts):
+        notes = [
+            f"NO LEARNED TABLE of {facts.name} is here, so EPD-Solver is not compared; bring the authors' with `python "
+            "-m epd fetch NAME`, or give --table FILE"
+        ]
+        log.warning(notes[0])
     check_baseline(baseline, attempts)
     teacher = None if options.teacher is None else _teacher(bench, options, prompts)
     networks = Networks(options.lpips, options.inception, _rewards(options))
@@ -374,7 +393,7 @@ def _run(options: argparse.Namespace) -> None:
 
         quality = measure(
             bench, attempts, scenes, options.reference_steps, progress, baseline=baseline, teacher=teacher,
-            networks=networks,
+            networks=networks, notes=notes,
         )  # fmt: skip
     if options.figures is not None:
         quality.figures().save(options.figures)
@@ -400,16 +419,12 @@ def _attempts(bench: Bench, options: argparse.Namespace) -> tuple[list[Attempt],
     tables = [*(bench.pipe.bundle.folder / name for name in facts.tables), *options.table]
     if options.preset == "headline":
         tables += fetched(bench)
-        if not tables:
-            log.warning(
-                "NO LEARNED TABLE of %s is here, so EPD-Solver is not compared; bring the authors' with `python -m epd "
-                "fetch NAME`, or give --table FILE",
-                facts.name,
-            )
         made = headline(bench, tables)
         return made, options.baseline or f"{facts.defaults.solver}@{facts.defaults.steps}"
     intervals = [(low, high) for low, high in options.guidance_interval]
-    return entrants(bench, options.calls, tables, options.solvers, intervals), options.baseline or "euler"
+    return entrants(
+        bench, options.calls, tables, options.solvers, intervals, options.most_work
+    ), options.baseline or "euler"
 
 
 def _teacher(bench: Bench, options: argparse.Namespace, prompts: Sequence[str]) -> Bench:
@@ -420,17 +435,17 @@ def _teacher(bench: Bench, options: argparse.Namespace, prompts: Sequence[str]) 
     ours, theirs = bench.pipe.bundle.facts, pipe.bundle.facts
     if (theirs.family, theirs.latent) != (ours.family, ours.latent):
         raise RequestError(f"{options.teacher}: no bundle of the same model as {options.model}; give another --teacher")
-    return Bench(pipe, prompts, bench.guidance, options.batch, options.work, options.seeds)
+    return Bench(pipe, prompts, bench.guidance, options.batch, options.work, options.seeds, options.seed)
 
 
 def _check(options: argparse.Namespace) -> None:
     """Refuses what cannot work before anything is run."""
     from runtime.errors import RequestError
 
-    if min(*options.calls, options.batch, options.seeds) < 1 or options.count < 2 or options.reference_steps < 0:
-        raise RequestError(
-            "--calls, --seeds and --batch must be 1 or more, --count 2 or more, --reference-steps 0 or more"
-        )
+    if min(*options.calls, options.batch, options.seeds) < 1 or options.count < 2:
+        raise RequestError("--calls, --seeds and --batch must be 1 or more, --count 2 or more")
+    if options.reference_steps < 0 or options.seed < 0:
+        raise RequestError("--reference-steps and --seed must be 0 or more")
     most = max(options.calls)
     if 0 < options.reference_steps <= most:
         raise RequestError(

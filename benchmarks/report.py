@@ -42,6 +42,7 @@ def markdown(quality: Quality) -> str:
     rows = [row for row in quality.rows if row.kind != "reference"]
     names = _metrics(rows)
     lines = [f"# {quality.model}: how good each solver's pictures are", "", _told(quality), ""]
+    lines += [line for note in quality.notes for line in (f"**{note}**", "")]
     lines += table(*_summary(rows, names[0]))
     for row in quality.rows:
         if row.kind == "reference":

@@ -110,10 +110,25 @@ class Table:
 
     @property
     def held_out_psnr(self) -> float | None:
-        """dB by which its held-out pictures agree with converged ones, as `runtime fit` found; None: not measured."""
-        held_out = (self.provenance or {}).get("held_out")
-        psnr = held_out.get("psnr_db") if isinstance(held_out, Mapping) else None
-        return float(psnr) if _real(psnr) else None
+        """dB by which pictures of held-out prompts agree with converged ones; None: not measured.
+
+        As its `validation` tells, which is of the same pictures for all tables of a model; else as those found that
+        it was judged by when it was made.
+        """
+        told = self._told("validation", "psnr_db")
+        return self._told("held_out", "psnr_db") if told is None else told
+
+    @property
+    def as_good_as_own_solver(self) -> bool:
+        """Whether its `validation` found it no less close than the model's own solver in its own steps."""
+        ours, own = self._told("validation", "psnr_db"), self._told("validation", "own_solver_db")
+        return ours is not None and own is not None and ours >= own
+
+    def _told(self, section: str, name: str) -> float | None:
+        """A number in a section of the provenance."""
+        found = (self.provenance or {}).get(section)
+        value = found.get(name) if isinstance(found, Mapping) else None
+        return float(value) if _real(value) else None
 
     @property
     def _starts(self) -> int:

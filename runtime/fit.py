@@ -132,10 +132,8 @@ class Fitting:
             file.unlink(missing_ok=True)
 
     def _run(self, told: Told) -> tuple[epd.Table, Design, Judgement]:
-        learn, choose, held = ([g for g in self.groups if g.role == role] for role in ("learn", "choose", "judge"))
-        teacher = _joined([self._taught(group) for group in (*learn, *choose)])
-        count = sum(len(group.seeds) for group in learn)
-        slope = self._slope([*learn, *choose])
+        slope, teacher = self.lesson("learn", "choose")
+        count = self.order.trajectories
         first = starts(self.pipe.bundle.facts, self.order.calls - 1, self.order.directions)
         best: Design | None = None
         score = partial(self._score, slope, teacher, count)
@@ -144,10 +142,22 @@ class Fitting:
             told(f"{decibel:6.2f} dB  {described(design)}")
         assert best is not None  # there is always a first candidate
         table, _ = fit(best, slope, teacher, count)
-        reference = _joined([self._taught(group) for group in held])
-        noise = np.concatenate([self._start(group) for group in held]) / reference.times[0]
-        fine = self._fine().tolist()
-        return table, best, judge(self.pipe, table, self._slope(held), noise, reference, fine)
+        slope, reference = self.lesson("judge")
+        noise = reference.x[0].astype(np.float64) / reference.times[0]
+        return table, best, judge(self.pipe, table, slope, noise, reference, self._fine().tolist())
+
+    def lesson(self, *roles: str) -> tuple[Slope, Trajectories]:
+        """The network over the images of these roles (learn, choose, judge), and their converged trajectories.
+
+        Raises
+        ------
+        FloatingPointError
+            The model gave NaN or infinity.
+        OSError
+            The work folder cannot be written.
+        """
+        wanted = [group for role in roles for group in self.groups if group.role == role]
+        return self._slope(wanted), _joined([self._taught(group) for group in wanted])
 
     def _fine(self) -> NDArray[np.float64]:
         """The teacher's grid: an interval for every two calls."""

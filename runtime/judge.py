@@ -93,7 +93,7 @@ def judge(
 
     def drawn(solver: Solver, grid: Sequence[float], scale: float = first) -> tuple[Array, NDArray[np.float32]]:
         *_, last = epd.solve(solver, scale * noise, slope)
-        x = last.x / _end_scale(facts, grid[-1])
+        x = last.x / end_scale(facts, grid[-1])
         return x, pipe.decode(x)
 
     def competing(name: str) -> Array:
@@ -107,7 +107,7 @@ def judge(
                 continue
         return max(found, key=np.mean, default=np.full(len(noise), -np.inf))
 
-    aim = reference.x[-1] / _end_scale(facts, float(reference.times[-1]))
+    aim = reference.x[-1] / end_scale(facts, float(reference.times[-1]))
     picture = pipe.decode(aim)
     x, ours = drawn(epd.solvers.epd(table), table.times.tolist())
     every, others = psnr(ours, picture), {name: competing(name) for name in competitors(facts)}
@@ -147,5 +147,6 @@ def _still(points: epd.Points) -> Array:
     return np.zeros_like(points.x)
 
 
-def _end_scale(facts: Facts, sigma: float) -> float:
+def end_scale(facts: Facts, sigma: float) -> float:
+    """What a state at the last time is divided by to be a latent."""
     return 1.0 if facts.family == "sd3" else math.hypot(1, sigma)

@@ -1,0 +1,64 @@
+"""How the shipped tables are made: commands that users have, captions that are kept apart, tables that say enough."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from benchmarks.quality import SCENES_SEED
+from epd.catalogue import SHIPPED
+from epd.table import Table
+from runtime.bundle import best_first
+from shapes import tables
+from shapes.captions import held_out_scenes
+
+FILES = sorted(SHIPPED.glob("shapes-*.json"))
+
+
+@pytest.mark.parametrize("family", ["sd3", "sd15"])
+def test_every_command_is_one_that_users_have(family, tmp_path):
+    from epd.train.__main__ import main as train
+    from runtime.__main__ import main as runtime
+
+    rooms = {"runtime": runtime, "epd.train": train}
+    for cell, kind in tables.CELLS:
+        room, *arguments = tables.command(family, cell, kind, tmp_path)
+        with pytest.raises(SystemExit) as stopped:  # --help is read last: all before it has been understood
+            rooms[room]([*arguments, "--help"])
+        assert stopped.value.code == 0
+    names = [cell.name(family, kind) for cell, kind in tables.CELLS]
+    assert len(set(names)) == len(names) == 37
+
+
+def test_no_caption_has_two_uses(tmp_path):
+    tables.write_captions(tmp_path)
+    learn, validate = ((tmp_path / f"{name}.txt").read_text(encoding="utf-8").split("\n") for name in tables.SETS)
+    test = {scene.caption for scene in held_out_scenes(512, SCENES_SEED)}
+    assert len(learn) > 200 and len(validate) > 100  # noqa: PT018
+    assert not set(learn) & set(validate) - {""}
+    assert not (set(learn) | set(validate)) & test
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_shipped_table_says_how_good_it_is(file):
+    table = Table.load(file)
+    validation = table.provenance["validation"]
+    assert table.held_out_psnr == validation["psnr_db"] > 10
+    assert validation["images"] >= 100
+    assert math.isfinite(validation["own_solver_db"])
+    assert table.model == "-".join(file.stem.split("-")[:2])
+    assert file.stem.endswith(f"-k{table.directions}-calls{table.sequential_calls}")
+    assert np.isfinite(table.w).all()
+
+
+@pytest.mark.parametrize("family", ["sd3", "sd15"])
+def test_the_default_is_as_good_as_the_models_own_solver_for_less_work(family):
+    made = {file.name: Table.load(file) for file in FILES if file.stem.startswith(f"shapes-{family}-")}
+    assert len(made) == len(tables.CELLS)
+    first = made[best_first(made)[0]]
+    assert first.as_good_as_own_solver
+    assert first.total_evaluations < {"sd3": 28, "sd15": 50}[family]
+    enough = [one for one in made.values() if one.as_good_as_own_solver]
+    assert first.total_evaluations == min(one.total_evaluations for one in enough)

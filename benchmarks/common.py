@@ -26,11 +26,11 @@ def add_device(command: argparse.ArgumentParser) -> None:
 
 def device(options: argparse.Namespace) -> dict[str, Any]:
     """Of `Pipeline.from_pretrained`, what those options ask for."""
-    from runtime.__main__ import _pairs
+    from runtime.__main__ import _provider_options
 
     return {
         "provider": options.provider,
-        "provider_options": _pairs(options.provider_option),
+        "provider_options": _provider_options(options),
         "fallback": options.fallback,
     }
 

@@ -22,6 +22,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from runtime.errors import RequestError
+from runtime.parse import pairs
 from runtime.profiles import Timing, timing, usable_cores
 
 from .common import add_outputs, check_outputs, comma_separated, publish
@@ -297,8 +298,7 @@ def _work(options: argparse.Namespace, bundle: Any, place: Path) -> Work:
 
 
 def _pythons(texts: Sequence[str]) -> dict[str, str]:
-    pairs = [text.partition("=") for text in texts]
-    wrong = [text for text, (name, _, python) in zip(texts, pairs, strict=True) if not name or not python]
-    if wrong:
-        raise RequestError(f"--python {wrong[0]!r} is not NAME=PYTHON")
-    return {name: python for name, _, python in pairs}
+    found = pairs("--python", texts)
+    if empty := [name for name, python in found.items() if not python]:
+        raise RequestError(f"--python {empty[0]}=: no interpreter; give its path")
+    return found

@@ -403,13 +403,11 @@ def _run(options: argparse.Namespace) -> None:
 def _rewards(options: argparse.Namespace) -> dict[str, Path | None]:
     """Names, and where their weights are."""
     from runtime.errors import RequestError
+    from runtime.parse import pairs
 
-    models: dict[str, Path] = {}
-    for text in options.reward_model:
-        name, equals, path = text.partition("=")
-        if not equals or name not in options.reward:
-            raise RequestError(f"--reward-model {text!r} is not NAME=PATH of a --reward NAME")
-        models[name] = Path(path)
+    models = {name: Path(path) for name, path in pairs("--reward-model", options.reward_model).items()}
+    if strangers := sorted(models.keys() - {*options.reward}):
+        raise RequestError(f"--reward-model {strangers[0]}=...: not among --reward; leave it out")
     return {name: models.get(name) for name in options.reward}
 
 
@@ -465,6 +463,7 @@ def _check(options: argparse.Namespace) -> None:
 def _prompts(options: argparse.Namespace, source: str, height: int) -> tuple[list[str], list[Scene] | None]:
     """The prompts; and what that of every image says, where all are captions of the closed world (64 x 64 pixels)."""
     from runtime.errors import RequestError
+    from runtime.order import read_prompts
     from shapes.captions import held_out_scenes, parse
     from shapes.render import SIZE
 
@@ -476,11 +475,7 @@ def _prompts(options: argparse.Namespace, source: str, height: int) -> tuple[lis
             raise RequestError(f"{source} is no model of the closed world; give --prompts FILE, one prompt a line")
         scenes = held_out_scenes(options.count, SCENES_SEED)
         return [scene.caption for scene in scenes], each(scenes)
-    try:
-        lines = options.prompts.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise RequestError(f"{options.prompts}: not UTF-8 text") from None
-    prompts = [line.strip() for line in lines if line.strip()][: options.count]
+    prompts = list(read_prompts(options.prompts, options.prompts.parent))[: options.count]
     if len(prompts) < 2:
         raise RequestError(f"{options.prompts}: {len(prompts)} prompts; give two or more, one a line")
     try:

@@ -112,16 +112,16 @@ class Table:
     def held_out_psnr(self) -> float | None:
         """dB by which pictures of held-out prompts agree with converged ones; None: not measured.
 
-        As its `validation` tells, which is of the same pictures for all tables of a model; else as those found that
+        As its `quality` tells, which is of the same pictures for all tables of a model; else as those found that
         it was judged by when it was made.
         """
-        told = self._told("validation", "psnr_db")
+        told = self._told("quality", "psnr_db")
         return self._told("held_out", "psnr_db") if told is None else told
 
     @property
     def as_good_as_own_solver(self) -> bool:
-        """Whether its `validation` found it no less close than the model's own solver in its own steps."""
-        ours, own = self._told("validation", "psnr_db"), self._told("validation", "own_solver_db")
+        """Whether its `quality` found it no less close than the model's own solver in its own steps."""
+        ours, own = self._told("quality", "psnr_db"), self._told("quality", "own_solver_db")
         return ours is not None and own is not None and ours >= own
 
     def _told(self, section: str, name: str) -> float | None:

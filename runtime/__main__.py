@@ -236,7 +236,7 @@ def _generate(options: argparse.Namespace) -> None:
     pipe = Pipeline.from_pretrained(
         DEFAULT if options.model is None else options.model,
         provider=options.provider,
-        provider_options=_pairs(options.provider_option),
+        provider_options=_provider_options(options),
         fallback=options.fallback,
         directions=options.directions,
         low_memory=options.low_memory,
@@ -379,14 +379,10 @@ def _files(output: Path | None, plan: Plan, bundle: Bundle) -> list[Path]:
     return [output.with_name(f"{output.stem}-{seed}{output.suffix}") for seed in plan.seeds]
 
 
-def _pairs(texts: list[str]) -> dict[str, str]:
-    pairs = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals:
-            _refuse(f"--provider-option {text!r} is not KEY=VALUE")
-        pairs[key] = value
-    return pairs
+def _provider_options(options: argparse.Namespace) -> dict[str, str]:
+    from .parse import pairs
+
+    return pairs("--provider-option", options.provider_option)
 
 
 def _refuse(message: str) -> NoReturn:
@@ -404,7 +400,7 @@ def _fit(options: argparse.Namespace) -> None:
     pipe = Pipeline.from_pretrained(
         DEFAULT if options.model is None else options.model,
         provider=options.provider,
-        provider_options=_pairs(options.provider_option),
+        provider_options=_provider_options(options),
         fallback=options.fallback,
     )
     if options.n is not None and options.n < 1:
@@ -459,9 +455,7 @@ def _inspect(options: argparse.Namespace) -> None:
         verify(bundle)
     if options.provider_option and options.provider is None:
         _refuse("--provider-option needs --provider NAME")
-    placed = (
-        assignments(bundle, options.provider, _pairs(options.provider_option)) if options.provider is not None else []
-    )
+    placed = assignments(bundle, options.provider, _provider_options(options)) if options.provider is not None else []
     if options.json:
         told = {"folder": str(bundle.folder), "foreign": bundle.foreign, "verified": options.verify}
         told |= {"predicted_rss_bytes": predicted(bundle, process)}

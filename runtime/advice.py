@@ -105,14 +105,14 @@ def apply(pipe: Pipeline, options: argparse.Namespace) -> tuple[dict[str, Any], 
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from .__main__ import _pairs
+    from .__main__ import _provider_options
     from .errors import RequestError
     from .pipeline import DEFAULT, Pipeline
 
     if options.num_images < 1:
         raise RequestError(f"--num-images must be 1 or more, got {options.num_images}")
     pipes = [
-        Pipeline.from_pretrained(model, provider=options.provider, provider_options=_pairs(options.provider_option))
+        Pipeline.from_pretrained(model, provider=options.provider, provider_options=_provider_options(options))
         for model in options.models or [DEFAULT]
     ]
     advice = _advice(pipes, options, options.num_images)

@@ -1,14 +1,15 @@
-"""JSON files as frozen dataclasses: read, and checked field by field. Knows nothing of bundles."""
+"""JSON files as frozen dataclasses, read and checked field by field; options of KEY=VALUE. Knows nothing of bundles."""
 
 from __future__ import annotations
 
 import json
 import types
+from collections.abc import Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from .errors import BundleError
+from .errors import BundleError, RequestError
 
 _EXACT = 2**53  # whole numbers below it are floats, too
 
@@ -24,6 +25,15 @@ def load_json(file: Path) -> dict[str, Any]:
             f"{file}: holds {type(content).__name__}, not an object; the file is damaged, export or copy it again"
         )
     return content
+
+
+def pairs(option: str, texts: Sequence[str]) -> dict[str, str]:
+    """What KEY=VALUE texts of an option say, the last of one key; RequestError for one that is none."""
+    split = [(text, *text.partition("=")) for text in texts]
+    for text, key, equals, _ in split:
+        if not key or not equals:
+            raise RequestError(f"{option} {text!r} is not KEY=VALUE")
+    return {key: value for _, key, _, value in split}
 
 
 def parse(kind: Any, value: Any, file: Path, where: str = "") -> Any:

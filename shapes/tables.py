@@ -118,9 +118,9 @@ def ship(family: str, work: Path) -> None:
     for old in SHIPPED.glob(f"shapes-{family}-*.json"):
         old.unlink()
     for name, table in tables.items():
-        validation: dict[str, Any] = {"psnr_db": round(found[digest(table)], 2), "images": result["prompts"]}
-        validation |= {"own_solver": f"{defaults.solver}, {defaults.steps} steps", "own_solver_db": round(own, 2)}
-        replace(table, provenance={**(table.provenance or {}), "validation": validation}).save(SHIPPED / name)
+        quality: dict[str, Any] = {"psnr_db": round(found[digest(table)], 2), "images": result["prompts"]}
+        quality |= {"own_solver": f"{defaults.solver}, {defaults.steps} steps", "own_solver_db": round(own, 2)}
+        replace(table, provenance={**(table.provenance or {}), "quality": quality}).save(SHIPPED / name)
     if (BUILT_IN / f"shapes-{family}").exists():
         _refresh(BUILT_IN / f"shapes-{family}", list(tables))
 

@@ -31,6 +31,7 @@ from torch import Tensor
 from ..solve import Step, solve
 from ..solvers import Coefficients, epd
 from ..table import Table, write_whole
+from .checkpoint import restore, state_of, under
 from .student import LEARNED, LINEAR, Student
 from .teacher import Lesson
 
@@ -210,8 +211,7 @@ class Learning:
 
     def _snapshot(self) -> bytes:
         tensors = {f"student.{name}": value.detach() for name, value in self._student.state_dict().items()}
-        for index, state in self._adam.state_dict()["state"].items():
-            tensors |= {f"adam.{index}.{name}": value for name, value in state.items()}
+        tensors |= state_of(self._adam, "adam")
         now = self.progress
         told: dict[str, Any] = {"start": now.start.to_json(), "best": now.best.to_json(), "best_db": now.best_db}
         told |= {name: getattr(now, name) for name in ("step", "round", "worse", "looks", "over")}
@@ -231,12 +231,8 @@ class Learning:
         start, best = (Table.from_json(told.pop(name), str(self.file)) for name in ("start", "best"))
         self.progress = Progress(start, best, **told)
         self._begin(self.progress.start)
-        self._student.load_state_dict(_under(tensors, "student."))
-        states: dict[int, dict[str, Tensor]] = {}
-        for name, value in _under(tensors, "adam.").items():
-            index, key = name.split(".")
-            states.setdefault(int(index), {})[key] = value
-        self._adam.load_state_dict({"state": states, "param_groups": self._adam.state_dict()["param_groups"]})
+        self._student.load_state_dict(under(tensors, "student."))
+        restore(self._adam, tensors, "adam")
         self.told(f"{self.progress.best_db:6.2f} dB  goes on from step {self.progress.step}")
         return True
 
@@ -319,7 +315,3 @@ def _mean(squares: Tensor) -> Tensor:
 def _last(run: Iterable[Step]) -> Step:
     *_, last = run
     return last
-
-
-def _under(tensors: dict[str, Tensor], head: str) -> dict[str, Tensor]:
-    return {name.removeprefix(head): value for name, value in tensors.items() if name.startswith(head)}

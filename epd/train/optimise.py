@@ -38,6 +38,7 @@ from epd.table import write_whole
 from runtime.errors import RequestError
 from runtime.interval import interval
 
+from .checkpoint import restore, state_of, under
 from .policy import Distribution, Draw, Policy
 from .ppo import advantages, surrogate
 from .rollout import Rollout
@@ -205,8 +206,7 @@ class Training:
     def _keep(self, line: dict[str, Any]) -> None:
         """The state after an iteration, then its line in the log."""
         tensors = {f"policy.{name}": value for name, value in self.policy.state_dict().items()}
-        for index, state in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{index}.{name}": value for name, value in state.items()}
+        tensors |= state_of(self.optimiser, "optimiser")
         tensors |= {f"best.{name}": torch.tensor(getattr(self.best, name)) for name in PARAMETERS}
         tensors |= {"rewards.start": torch.tensor(self.start_rewards), "rewards.best": torch.tensor(self.best_rewards)}
         facts = {"iteration": self.iteration, "best": self.best_iteration, "fingerprint": self.fingerprint}
@@ -235,15 +235,9 @@ class Training:
             raise RequestError(f"{file}: damaged ({error}); remove it to begin anew") from None
         if facts.get("fingerprint") != self.fingerprint:
             raise RequestError(f"{file}: of a training with other settings; give another --work, or remove it")
-        self.policy.load_state_dict(_under(tensors, "policy."))
-        states: dict[int, dict[str, Tensor]] = {}
-        for name, value in _under(tensors, "optimiser.").items():
-            index, key = name.split(".")
-            states.setdefault(int(index), {})[key] = value
-        if states:
-            groups = self.optimiser.state_dict()["param_groups"]
-            self.optimiser.load_state_dict({"state": states, "param_groups": groups})
-        self.best = replace(self.first, **{n: value.numpy() for n, value in _under(tensors, "best.").items()})
+        self.policy.load_state_dict(under(tensors, "policy."))
+        restore(self.optimiser, tensors, "optimiser")
+        self.best = replace(self.first, **{n: value.numpy() for n, value in under(tensors, "best.").items()})
         self.start_rewards, self.best_rewards = (tensors[f"rewards.{name}"].numpy() for name in ("start", "best"))
         self.iteration, self.best_iteration = facts["iteration"], facts["best"]
         return True
@@ -275,10 +269,6 @@ def read_log(work: Path) -> list[dict[str, Any]]:
     """What every iteration so far did; the first line is the given table on validation."""
     file = work / LOG
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
-
-
-def _under(tensors: dict[str, Tensor], head: str) -> dict[str, Tensor]:
-    return {name.removeprefix(head): value for name, value in tensors.items() if name.startswith(head)}
 
 
 def _in_words(line: dict[str, Any]) -> str:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from runtime.errors import RequestError
 
+from .checkpoint import under
 from .rewards import Array, Reward, Shot
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's and BLIP's pixels
@@ -184,9 +185,9 @@ class _ImageReward:
             *(nn.Linear(width, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2), nn.Linear(128, 64)),
             *(nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1)),
         )
-        _fill(self._vision, from_blip_vision(_under(state, "blip.visual_encoder.")), file)
-        _fill(self._text, _under(state, "blip.text_encoder."), file)
-        _fill(self._head, _under(state, "mlp.layers."), file)
+        _fill(self._vision, from_blip_vision(under(state, "blip.visual_encoder.")), file)
+        _fill(self._text, under(state, "blip.text_encoder."), file)
+        _fill(self._head, under(state, "mlp.layers."), file)
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def __call__(self, shot: Shot) -> Array:
@@ -257,7 +258,3 @@ def _fill(model: nn.Module, state: Mapping[str, Tensor], file: Path) -> None:
         raise RequestError(f"{file}: weights of another model: {told}")
     model.load_state_dict({name: value for name, value in state.items() if name in wanted}, strict=False)
     model.float().eval().requires_grad_(False)
-
-
-def _under(state: Mapping[str, Tensor], head: str) -> dict[str, Tensor]:
-    return {name.removeprefix(head): value for name, value in state.items() if name.startswith(head)}

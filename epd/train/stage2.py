@@ -17,6 +17,7 @@ import epd
 from epd.table import write_whole
 from runtime.errors import RequestError
 from runtime.interval import interval
+from runtime.parse import pairs
 
 from .cluster import connected, spread
 from .optimise import Score, Training, read_log
@@ -97,22 +98,15 @@ def _recipe(options: argparse.Namespace, table: epd.Table) -> Recipe:
     return Recipe(
         model=options.model,
         reward=options.reward,
-        reward_models=_pairs("--reward-model", options.reward_model),
+        reward_models=tuple(pairs("--reward-model", options.reward_model).items()),
         backend=options.backend,
         provider=options.provider,
-        provider_options=_pairs("--provider-option", options.provider_option),
+        provider_options=tuple(pairs("--provider-option", options.provider_option).items()),
         guidance=table.guidance if options.guidance_scale is None else options.guidance_scale,
         reference_calls=options.reference_calls,
         abreast=options.abreast,
         threads=options.threads or int(options.ray is not None),
     )
-
-
-def _pairs(option: str, texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    for text in texts:
-        if "=" not in text:
-            raise RequestError(f"{option} {text!r} is not KEY=VALUE")
-    return tuple((text.partition("=")[0], text.partition("=")[2]) for text in texts)
 
 
 def _trained(training: Training, iterations: int) -> epd.Table:

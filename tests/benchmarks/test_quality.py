@@ -220,7 +220,7 @@ def test_references_that_disagree_are_refused(bundles, prompts, capsys):
         (["--reference-steps", "0", "--figures", "f.json"], "need a reference"),
         (["--prompts", "PROMPTS", "--baseline", "heun", "--solvers", "euler"], "no baseline 'heun' among what is run"),
         (["--prompts", "PROMPTS", "--baseline", "euler@5", "--solvers", "euler"], "is not run at '5' calls"),
-        (["--prompts", "PROMPTS", "--reward-model", "hpsv2=x"], "is not NAME=PATH of a --reward NAME"),
+        (["--prompts", "PROMPTS", "--reward-model", "hpsv2=x"], "not among --reward; leave it out"),
         (["--prompts", "PROMPTS", "--teacher", "OTHER"], "no bundle of the same model"),
         (["--prompts", "PROMPTS", "--reference-steps", "0"], "nothing is left to measure by"),
         (["--prompts", "PROMPTS", "--reference-steps", "0", "--inception", "x"], "nothing is left to measure by"),
@@ -308,8 +308,26 @@ def test_a_headline_without_a_table_says_so(bundles, prompts, capsys, caplog, mo
     monkeypatch.setattr("benchmarks.perceptual.reward", lambda *_: lambda pictures: pictures.mean((1, 2, 3)))
     command = ["quality", str(bundles["sd3"]), "--preset", "headline", "--prompts", prompts, "--count", "2"]
     assert main([*command, "--reference-steps", "0", "--reward", "bright", "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["rows"]) == 4
+    result = json.loads(capsys.readouterr().out)
+    assert len(result["rows"]) == 4
     assert "NO LEARNED TABLE" in caplog.text
+    assert result["notes"][0] in caplog.messages
+
+
+def test_another_seed_is_another_noise(bundles):
+    pipe, prompts = Pipeline.from_pretrained(bundles["sd3"]), ["red", "blue cat"]
+    usual, other = (Bench(pipe, prompts, 4.0, 2, noise_seed=seed) for seed in (quality.NOISE_SEED, 5))
+    attempt = references(usual, 6)[0]
+    assert usual.key(attempt) != other.key(attempt)
+    assert np.abs(usual.run(attempt).latents - other.run(attempt).latents).min() < 1
+    assert np.abs(usual.run(attempt).latents - other.run(attempt).latents).max() > 0.1
+
+
+def test_work_beyond_a_limit_is_not_matched(bench, tmp_path):
+    epd.start_table([0.9, 0.5, 0.1], 3).save(tmp_path / "mine.json")  # 4 calls, 8 evaluations
+    for most, calls in ((math.inf, {3, 4, 8}), (8, {3, 4, 8}), (7, {3, 4})):
+        found = entrants(bench, [3], [tmp_path / "mine.json"], ["euler"], most_work=most)
+        assert {one.calls for one in found} == calls
 
 
 @pytest.mark.parametrize(

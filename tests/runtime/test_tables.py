@@ -11,6 +11,7 @@ import tiny_bundle
 import epd
 from epd import catalogue
 from runtime.__main__ import main
+from runtime.bundle import best_first
 from runtime.errors import RequestError
 from runtime.pipeline import Pipeline
 
@@ -44,6 +45,23 @@ def test_the_best_table_of_so_many_calls(tmp_path, tables, calls, best):
     assert plan.table.sequential_calls <= calls
 
 
+def test_the_default_is_as_close_as_the_own_solver_with_the_least_work():
+    def one(k: int, psnr: float, **quality: float) -> epd.Table:
+        told = {"held_out": {"psnr_db": psnr}} | ({"quality": quality} if quality else {})
+        return replace(epd.start_table(epd.schedule.flow(2), k), provenance=told)
+
+    made = {
+        "closest": one(3, 10.0, psnr_db=60.0, own_solver_db=50.0),
+        "enough": one(1, 10.0, psnr_db=51.0, own_solver_db=50.0),
+        "as little, closer": one(1, 10.0, psnr_db=52.0, own_solver_db=50.0),
+        "too far": one(1, 90.0, psnr_db=49.0, own_solver_db=50.0),
+        "no own solver": one(1, 55.0),
+    }
+    assert best_first(made) == ("as little, closer", "closest", "no own solver", "enough", "too far")
+    del made["closest"], made["enough"], made["as little, closer"]
+    assert best_first(made) == ("no own solver", "too far")
+
+
 @pytest.mark.parametrize("told", [5, 0.5, "4.5", {"a": 1}, [], None])
 def test_what_a_strangers_table_says_of_itself_breaks_nothing(bundles, caplog, told):
     """Not ours to write: provenance may hold anything that JSON can."""
@@ -51,7 +69,7 @@ def test_what_a_strangers_table_says_of_itself_breaks_nothing(bundles, caplog, t
         epd.start_table(epd.schedule.flow(3), 1),
         model="\x1b[2J\nmodel",
         guidance=3.0,
-        provenance={"guidance_scales": told, "held_out": {"psnr_db": 10**400}},
+        provenance={"guidance_scales": told, "held_out": {"psnr_db": 10**400}, "quality": told},
     )
     assert strange.held_out_psnr is None
     Pipeline.from_pretrained(bundles["sd3"]).plan("red", table=strange, guidance_scale=4.0)

@@ -44,10 +44,10 @@ def test_no_caption_has_two_uses(tmp_path):
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_shipped_table_says_how_good_it_is(file):
     table = Table.load(file)
-    validation = table.provenance["validation"]
-    assert table.held_out_psnr == validation["psnr_db"] > 10
-    assert validation["images"] >= 100
-    assert math.isfinite(validation["own_solver_db"])
+    quality = table.provenance["quality"]
+    assert table.held_out_psnr == quality["psnr_db"] > 10
+    assert quality["images"] >= 100
+    assert math.isfinite(quality["own_solver_db"])
     assert table.model == "-".join(file.stem.split("-")[:2])
     assert file.stem.endswith(f"-k{table.directions}-calls{table.sequential_calls}")
     assert np.isfinite(table.w).all()

@@ -65,7 +65,7 @@ def add_command(commands: Any) -> None:
     command.add_argument("--device", default="cpu", help="of torch (default cpu)")
     command.add_argument("--ray", metavar="ADDRESS", help="trajectories on a Ray cluster, or local: on all cores here")
     command.add_argument("--recompute", action="store_true", help="less memory, half as much work again")
-    command.add_argument("--work", type=Path, metavar="DIR", help="keep trajectories and checkpoint here")
+    command.add_argument("--work", type=Path, metavar="DIR", help="keep trajectories here, for further tables, too")
     command.add_argument("-o", "--output", type=Path, metavar="JSON", help="table (default: named by what it is, here)")
     command.add_argument("--json", action="store_true", help="print one object on stdout")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 import sys
 import time
 from argparse import Namespace
@@ -82,8 +83,9 @@ def distil(options: Namespace) -> None:
     png.check_writable(output, ".json")
     if given is not None:
         _check_given(model, order, given, options.from_table)
-    folder = options.work or cache_folder() / "distill"
+    folder = options.work or cache_folder() / "distill" / _named(order, task, recipe, given, model)
     folder.mkdir(parents=True, exist_ok=True)
+    log.warning("a stopped run goes on from %s", folder)
     try:
         table, told = _distilled(model, order, task, recipe, given, folder, options.ray)
     except FloatingPointError as error:
@@ -93,6 +95,8 @@ def distil(options: Namespace) -> None:
             f"--device {options.device} has too little memory; give --recompute or a smaller --batch"
         ) from None
     table.save(output)
+    if options.work is None:
+        shutil.rmtree(folder)
     if options.json:
         print(json.dumps({"table": str(output)} | told))
     else:
@@ -160,6 +164,12 @@ def _distilled(
         provenance=origin,
     )
     return signed, judgement
+
+
+def _named(order: Order, task: Task, recipe: Recipe, given: Table | None, model: Model) -> str:
+    """A name for all that a command does: the same one goes on where it was stopped."""
+    numbers = None if given is None else given.to_json()
+    return digest([asdict(order), asdict(task), asdict(recipe), numbers, model.fingerprint])
 
 
 def _start(model: Model, task: Task, learn: Lesson, held: Lesson, folder: Path) -> Table:

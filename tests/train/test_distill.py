@@ -150,11 +150,12 @@ def test_a_table_of_another_kind_is_refused(change, options, words, capsys, tmp_
 
 
 @pytest.mark.slow
-def test_ctrl_c_keeps_what_there_is(tmp_path, work, capsys, monkeypatch):
-    """Stopped in the middle of learning; the same command goes on."""
+def test_ctrl_c_keeps_what_there_is(tmp_path, capsys, monkeypatch):
+    """Stopped in the middle of learning; the same command goes on, and leaves nothing but the table."""
     from epd.train import learning
 
-    command = ["distill", "shapes-sd3", *SMALL, "--start", "call", "--every", "2", "--work", work]
+    monkeypatch.setenv("EPD_CACHE", str(tmp_path / "cache"))
+    command = ["distill", "shapes-sd3", *SMALL, "--start", "call", "--every", "2"]
     output = tmp_path / "t.json"
     calls, loss = [], learning.loss
 
@@ -167,7 +168,9 @@ def test_ctrl_c_keeps_what_there_is(tmp_path, work, capsys, monkeypatch):
     monkeypatch.setattr(learning, "loss", interrupted)
     assert main([*command, "-o", str(output)]) == 130
     assert not output.exists()
+    assert list((tmp_path / "cache").rglob("*.npz"))
     assert main([*command, "-o", str(output)]) == 0
+    assert not list((tmp_path / "cache").rglob("*.npz"))
     assert "goes on from step 1" in capsys.readouterr().err
     assert len(calls) == 3
     assert epd.Table.load(output).provenance["recipe"]["steps"] == 2

@@ -7,7 +7,7 @@ of prompts and start noise that nothing was fitted to or chosen by. Differences 
 that was fitted where it draws; paired, with 95 % intervals.
 
 --to: other bundles of the model, at another size or precision; a table is fitted on each and drawn with on all. The
-converged pictures of a bundle of the same size are MODEL's: a table fitted on one of lower precision makes up for some
+converged latents of a bundle of the same size are MODEL's: a table fitted on one of lower precision makes up for some
 of what that loses. --guidance-scale: the same between guidance scales, and one table for all of them.
 """
 
@@ -17,7 +17,8 @@ import argparse
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import combinations
+from functools import cached_property
+from itertools import combinations, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +47,8 @@ class Row:
     choice: str  # what is changed; fitted on: where the table comes from
     value: str
     drawn_on: str
-    psnr_db: Figure
-    over_db: Figure  # paired: to the base design, or to the table fitted where it is drawn with
+    psnr_db: Figure | None  # None: a state was not finite
+    over_db: Figure | None  # paired: to the base design, or to the table fitted where it is drawn with
 
 
 @dataclass(frozen=True)
@@ -71,43 +72,59 @@ class Case:
     """One bundle at one guidance scale: tables are fitted here, and judged."""
 
     def __init__(self, label: str, fitting: Fitting) -> None:
+        self.label, self.pipe, self._fitting = label, fitting.pipe, fitting
+
+    @cached_property
+    def _learn(self) -> tuple[Any, Any]:
+        return self._fitting.lesson("learn")
+
+    @cached_property
+    def _held(self) -> tuple[Any, Any, float, Any]:
+        """Slopes, trajectories, what their ends are divided by to be latents, and the pictures of these."""
         from runtime.judge import end_scale
 
-        self.label, self.pipe = label, fitting.pipe
-        self._learn, self._held = fitting.lesson("learn"), fitting.lesson("choose", "judge")
-        self._end = end_scale(self.pipe.bundle.facts, float(self._held[1].times[-1]))
-        self._aim = self.pipe.decode(self._held[1].x[-1] / self._end)
-        self.images = len(self._aim)
+        slope, teacher = self._fitting.lesson("choose", "judge")
+        end = end_scale(self.pipe.bundle.facts, float(teacher.times[-1]))
+        return slope, teacher, end, self.pipe.decode(teacher.x[-1] / end)
 
-    def table(self, design: Design, count: int | None = None) -> epd.Table:
-        """Fitted to the first `count` trajectories; None: all."""
+    @property
+    def images(self) -> int:
+        """Judged by."""
+        return len(self._held[3])
+
+    def table(self, design: Design, count: int | None = None) -> epd.Table | None:
+        """Fitted to the first `count` trajectories, or all; None: a slope was not finite."""
         from epd.fit import fit
 
-        slope, teacher = self._learn
-        count = teacher.x.shape[1] if count is None else count
-        return fit(design, slope, teacher, count)[0]
+        try:
+            return fit(design, *self._learn, count)[0]
+        except FloatingPointError:
+            return None
 
-    def psnr(self, made: epd.Table) -> NDArray[np.float64]:
-        """Of every judged picture, dB."""
+    def psnr(self, made: epd.Table | None) -> NDArray[np.float64] | None:
+        """Of every judged picture, dB; None: there is no table, or a slope was not finite."""
         import epd
         from runtime.judge import psnr
 
-        slope, teacher = self._held
-        *_, last = epd.solve(epd.solvers.epd(made), teacher.x[0].astype(float), slope)
-        return psnr(self.pipe.decode(last.x / self._end), self._aim)
+        slope, teacher, end, aim = self._held
+        if made is None:
+            return None
+        try:
+            *_, last = epd.solve(epd.solvers.epd(made), teacher.x[0].astype(float), slope)
+        except FloatingPointError:
+            return None
+        return psnr(self.pipe.decode(last.x / end), aim)
 
 
 def designs(facts: Facts, base: Design) -> Iterator[tuple[str, str, Design]]:
-    """What is changed, to what, and the design that has it so; the base is not among them."""
-    from runtime.designs import SHIFTS, starts
+    """What is changed, to what, and the design that has it so."""
+    from runtime.designs import SHIFTS
     from runtime.judge import curve
 
     for places in combinations(PLACES, base.directions):
         rows = [places] * len(base.r)
-        if base.times[-1] == 0:
+        if base.times[-1] == 0:  # where no slope is asked for
             rows[-1] = tuple(min(place, max(base.r[-1])) for place in places)
-            if len(set(rows[-1])) < len(places):
-                rows[-1] = starts(facts, len(base.r), base.directions)[0].r[-1]
         yield "points at", " ".join(f"{place:g}" for place in places), replace(base, r=tuple(rows))
     for factor in FACTORS:
         shift = SHIFTS[facts.family][0] * factor
@@ -128,17 +145,15 @@ def ablate(
     yield _row("base", "", case.label, ours, ours)
     for choice, value, design in designs(case.pipe.bundle.facts, base):
         if design != base:
-            yield _row(choice, value, case.label, _judged(case, case, design), ours)
+            yield _row(choice, value, case.label, case.psnr(case.table(design)), ours)
             progress(f"{choice} {value}")
-    count = 1
-    while count < trajectories:
+    for count in takewhile(lambda count: count < trajectories, (2**i for i in range(64))):
         yield _row("trajectories", str(count), case.label, case.psnr(case.table(base, count)), ours)
         progress(f"trajectories {count}")
-        count *= 2
 
 
 def transfer(sources: Sequence[Case], targets: Sequence[Case], base: Design) -> Iterator[Row]:
-    """Every table drawn with everywhere; differences are to the table fitted there."""
+    """Every table drawn with everywhere; differences are to the table fitted there. Labels are all different."""
     made = {source.label: source.table(base) for source in sources}
     for target in targets:
         own = target.psnr(made[target.label])
@@ -147,20 +162,13 @@ def transfer(sources: Sequence[Case], targets: Sequence[Case], base: Design) -> 
             yield _row("fitted on", label, target.label, found, own)
 
 
-def _judged(source: Case, target: Case, design: Design) -> Any:
-    """dB of every picture; where the table gives no finite one, 0."""
-    import numpy as np
-
-    try:
-        return target.psnr(source.table(design))
-    except FloatingPointError:
-        return np.zeros(target.images)
-
-
 def _row(choice: str, value: str, drawn_on: str, found: Any, other: Any) -> Row:
+    if found is None:
+        return Row(choice, value, drawn_on, None, None)
     resampled = Bootstrap(len(found), 1)
-    ours, theirs = resampled.mean(found), resampled.mean(other)
-    return Row(choice, value, drawn_on, ours.figure(), (ours - theirs).figure())
+    ours = resampled.mean(found)
+    over = None if other is None else (ours - resampled.mean(other)).figure()
+    return Row(choice, value, drawn_on, ours.figure(), over)
 
 
 def add(commands: Any) -> None:
@@ -193,7 +201,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def measure(options: argparse.Namespace, work: Path) -> Result:
-    """Fits and judges what the options ask for.
+    """Fits and judges what the options ask for; all of it is opened and checked first.
 
     Raises
     ------
@@ -209,9 +217,10 @@ def measure(options: argparse.Namespace, work: Path) -> Result:
         raise RequestError("--only-transfer needs --to or --guidance-scale")
     pipe = Pipeline.from_pretrained(options.model, provider=options.provider)
     facts = pipe.bundle.facts
-    usual = facts.defaults.guidance
-    first = _fitting(options, pipe, (usual,), work)
+    first = Case(facts.name, _fitting(options, pipe, (), work))
     base = starts(facts, options.calls - 1, options.k)[1]
+    bundles = _bundles(options, pipe, work) if options.to else []
+    scales = _scales(options, pipe, work) if options.guidance_scale else []
     rows: list[Row] = []
     with tqdm(unit="table", disable=None, leave=False) as bar:  # None: on a terminal only
 
@@ -220,36 +229,43 @@ def measure(options: argparse.Namespace, work: Path) -> Result:
             bar.update()
 
         try:
-            case = Case(f"guidance {usual:g}" if options.guidance_scale else facts.name, first)
             if not options.only_transfer:
-                rows += ablate(case, base, options.trajectories, progress)
-            if options.to:
-                rows += _between_bundles(options, case, base, work)
-            if options.guidance_scale:
-                rows += _between_scales(options, case, base, work)
+                rows += ablate(first, base, options.trajectories, progress)
+            rows += transfer(bundles, bundles, base)
+            rows += transfer(scales, scales[:-1], base)
+            images = (bundles or scales or [first])[0].images if options.only_transfer else first.images
         except FloatingPointError as error:
-            raise NotFiniteError(f"{facts.name}: {error}; give another guidance scale") from None
-    return Result(
-        facts.name, options.calls, options.k, usual, options.trajectories, case.images, described(base), tuple(rows)
-    )
+            raise NotFiniteError(f"a converged trajectory: {error}; give smaller guidance scales") from None
+    usual = facts.defaults.guidance
+    return Result(facts.name, options.calls, options.k, usual, options.trajectories, images, described(base), (*rows,))
 
 
-def _between_bundles(options: argparse.Namespace, first: Case, base: Design, work: Path) -> list[Row]:
+def _bundles(options: argparse.Namespace, first: Any, work: Path) -> list[Case]:
+    """MODEL and the others; those of its size have its converged latents."""
+    from runtime.errors import RequestError
     from runtime.pipeline import Pipeline
 
-    cases = [Case(_label(first.pipe), _fitting(options, first.pipe, (), work))]
-    for folder in options.to:
-        pipe = Pipeline.from_pretrained(folder, provider=options.provider)
-        same = _size(pipe) == _size(first.pipe)
-        cases.append(Case(_label(pipe), _fitting(options, pipe, (), work, first.pipe if same else None)))
-    return list(transfer(cases, cases, base))
+    pipes = [first, *(Pipeline.from_pretrained(folder, provider=options.provider) for folder in options.to)]
+    labels = [_label(pipe) for pipe in pipes]
+    cases, ours = [], first.bundle.facts
+    for folder, pipe, label in zip([options.model, *options.to], pipes, labels, strict=True):
+        facts = pipe.bundle.facts
+        if (facts.family, facts.latent, facts.schedule) != (ours.family, ours.latent, ours.schedule):
+            raise RequestError(f"--to {folder}: no bundle of the same model as {options.model}")
+        if labels.count(label) > 1:
+            label = f"{folder}, {label}"
+        if any(case.label == label for case in cases):
+            raise RequestError(f"--to {folder}: given twice")
+        teacher = first if pipe is not first and _size(pipe) == _size(first) else None
+        cases.append(Case(label, _fitting(options, pipe, (), work, teacher)))
+    return cases
 
 
-def _between_scales(options: argparse.Namespace, first: Case, base: Design, work: Path) -> list[Row]:
-    scales = tuple(sorted({*options.guidance_scale, first.pipe.bundle.facts.defaults.guidance}))
-    cases = [Case(f"guidance {scale:g}", _fitting(options, first.pipe, (scale,), work)) for scale in scales]
-    every = Case("all of them", _fitting(options, first.pipe, scales, work))
-    return list(transfer([*cases, every], cases, base))
+def _scales(options: argparse.Namespace, pipe: Any, work: Path) -> list[Case]:
+    """One each; the last is for all of them, and to fit on only."""
+    scales = tuple(sorted({*options.guidance_scale, pipe.bundle.facts.defaults.guidance}))
+    cases = [Case(f"guidance {scale:g}", _fitting(options, pipe, (scale,), work)) for scale in scales]
+    return [*cases, Case("all of them", _fitting(options, pipe, scales, work))]
 
 
 def _fitting(
@@ -298,8 +314,8 @@ def markdown(result: Result) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _told(figure: Figure, sign: str = "") -> str:
-    return f"{figure.mean:{sign}.2f} ± {figure.half or 0.0:.2f}"
+def _told(figure: Figure | None, sign: str = "") -> str:
+    return "not finite" if figure is None else f"{figure.mean:{sign}.2f} ± {figure.half or 0.0:.2f}"
 
 
 def csv_of(result: Result) -> str:
@@ -307,8 +323,8 @@ def csv_of(result: Result) -> str:
     return comma_separated(
         [
             {"choice": row.choice, "value": row.value, "drawn_on": row.drawn_on}
-            | {f"psnr_db{end}": getattr(row.psnr_db, name) for end, name in _ENDS.items()}
-            | {f"over_db{end}": getattr(row.over_db, name) for end, name in _ENDS.items()}
+            | {f"psnr_db{end}": getattr(row.psnr_db, name, None) for end, name in _ENDS.items()}
+            | {f"over_db{end}": getattr(row.over_db, name, None) for end, name in _ENDS.items()}
             for row in result.rows
         ]
     )
@@ -326,12 +342,12 @@ def plot(result: Result, file: Path) -> None:
     for index, kind in enumerate(kinds):
         some = [row for row in result.rows if (row.choice, row.drawn_on) == kind]
         axes = figure.add_subplot(-(-len(kinds) // 3), min(3, len(kinds)), index + 1)
-        means, halves = [row.over_db.mean for row in some], [row.over_db.half or 0.0 for row in some]
-        axes.errorbar(range(len(some)), means, halves, fmt="o", capsize=3)
+        there = [(i, row.over_db) for i, row in enumerate(some) if row.over_db is not None]
+        axes.errorbar([i for i, _ in there], [f.mean for _, f in there], [f.half for _, f in there], fmt="o", capsize=3)
         axes.axhline(0, color="0.5", linewidth=1)
         axes.set_xticks(range(len(some)), [row.value for row in some], rotation=40, ha="right", fontsize=8)
         axes.set_title(f"fitted on, drawn on {kind[1]}" if kind[0] == "fitted on" else kind[0], fontsize=10)
         axes.set_ylabel("dB")
         plain(axes)
-    figure.suptitle(f"{result.model}, {result.calls} calls, K = {result.directions}: dB over the base")
+    figure.suptitle(f"{result.model}, {result.calls} calls, K = {result.directions}: paired differences in dB")
     save(figure, file)

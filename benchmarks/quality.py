@@ -90,6 +90,7 @@ class Quality:
     guidance: float
     prompts: int
     seeds: int  # images of each
+    seed: int  # of the first start noise
     baseline: str
     references: tuple[str, ...]  # two, or none
     agreement_db: Figure | None  # between them
@@ -194,6 +195,7 @@ def measure(
     prompts = len(bench.prompts) // bench.seeds
     return Quality(
         facts.name, facts.source.id, facts.family, precision, bench.pipe.provider, bench.guidance, prompts, bench.seeds,
+        bench.noise_seed,
         baseline, tuple(attempt.name for attempt in pair), agreement, judge.frechet_to, watch.told, noisy, tuple(notes),
         tuple(rows),
     )  # fmt: skip
@@ -455,6 +457,8 @@ def _check(options: argparse.Namespace) -> None:
             raise RequestError(f"--guidance-interval is two sigmas with 0 <= LO < HI, got {low:g} {high:g}")
     if options.reference_steps == 0 and (options.figures or options.lpips):
         raise RequestError("--figures and --lpips need a reference; leave --reference-steps 0 out")
+    if options.preset == "headline" and options.most_work < math.inf:
+        raise RequestError("--preset headline compares at the model's own calls; leave --most-work out")
     if options.figures is not None and (options.figures.is_dir() or not options.figures.parent.is_dir()):
         raise RequestError(f"{options.figures}: not a file in a folder that is there; give another name")
     check_outputs(options)

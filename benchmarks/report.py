@@ -65,6 +65,7 @@ def markdown(quality: Quality) -> str:
 
 def _told(quality: Quality) -> str:
     images = f"{quality.prompts} prompts, {quality.seeds} start noise{'s' * (quality.seeds > 1)} each"
+    images += f" (from seed {quality.seed})"
     text = (
         f"{images}, guidance {quality.guidance:g}, {quality.precision} on {quality.provider}. Means with 95 % "
         "intervals by resampling prompts; differences are paired, bold where their interval does not hold 0. Work and "

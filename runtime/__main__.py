@@ -226,6 +226,15 @@ def _add_fit(commands: Any) -> None:
     learn.add_argument("--json", action="store_true", help="print one object on stdout")
 
 
+def _say_default(bundle: Bundle, name: str, calls: int) -> None:
+    """Whether a table that was installed is what is drawn with when nothing is said."""
+    from .facts import FILE, read_facts
+
+    first = read_facts(bundle.folder / FILE).tables[0].rpartition("/")[2]
+    told = "is its default now" if first == name else f"its default stays {first}; --calls {calls} or --table picks one"
+    print(f"installed in {bundle.folder}: {told}", file=sys.stderr)
+
+
 def _generate(options: argparse.Namespace) -> None:
     from dataclasses import asdict
 
@@ -426,6 +435,7 @@ def _fit(options: argparse.Namespace) -> None:
     table, judgement = fit_bundle(pipe, order, output, options.work, teacher)
     if options.install:
         pipe.bundle.install(table, output.name)
+        _say_default(pipe.bundle, output.name, calls)
     if options.json:
         from dataclasses import asdict
 

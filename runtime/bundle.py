@@ -171,7 +171,7 @@ class Bundle:
             ) from None
 
     def install(self, table: epd.Table, name: str) -> None:
-        """Makes a table one of this bundle's, in place of an older one of that name; the closest is its default.
+        """Makes a table one of this bundle's, in place of an older one of that name; see `best_first`.
 
         Raises
         ------

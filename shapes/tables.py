@@ -1,10 +1,10 @@
 """Makes the tables that ship for our own checkpoints, with the commands that users have; a stopped run goes on.
 
-    python -m shapes.tables sd3 --work build/tables           fits, distils and tunes all of them (hours)
+    python -m shapes.tables sd3 --work build/tables           fits and distils all of them (an hour on two cores)
     python -m shapes.tables sd3 --work build/tables --ship    ranks them, and puts them where they ship
 
-Three sets of captions, none of which is in another or in the results page: `LEARN` is for fitting and distilling, whose
-commands divide it once more; `VALIDATE` ranks the tables that are made; the results page draws held-out captions.
+Captions and start noise of three uses are kept apart: `LEARN` is for fitting and distilling, whose commands divide it
+once more; `VALIDATE` ranks the tables that are made; the results page draws held-out captions.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from epd.catalogue import SHIPPED
 from epd.table import Table
-from runtime.bundle import TABLES, Bundle
+from runtime.__main__ import carried_out
+from runtime.bundle import TABLES, Bundle, best_first
+from runtime.errors import RequestError
 from runtime.facts import write_facts
 from runtime.figures import digest
 from runtime.pipeline import BUILT_IN
@@ -35,8 +37,6 @@ TEACHER_CALLS = 160
 TRAJECTORIES = {"fit": 32, "distill": 64}
 CANDIDATES = 20  # designs tried by a fit
 STEPS = {4: 150, 6: 150, 8: 150, 10: 120, 20: 50}  # of the optimiser, by sequential calls
-TUNED = (6, 10)  # sequential calls of the tables that are tuned to the shapes reward
-ITERATIONS = 60  # of that
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Cell:
     calls: int
 
     def name(self, family: str, kind: str) -> str:
-        """Its name among the shipped ones; kind: fitted | distilled | rdpo."""
+        """Its name among the shipped ones; kind: fitted | distilled."""
         requests = "-two-requests" if self.start == "call" else ""
         return f"shapes-{family}-{kind}{requests}-k{self.directions}-calls{self.calls}"
 
@@ -57,7 +57,6 @@ FITTED = [Cell("history", k, calls) for calls in CALLS for k in (2, 1, 3)]
 TWO_REQUESTS = [Cell("call", 2, calls) for calls in CALLS]
 CELLS = [(cell, "fitted") for cell in FITTED]
 CELLS += [(cell, "distilled") for cell in FITTED + TWO_REQUESTS]
-CELLS += [(Cell("history", 2, calls), "rdpo") for calls in TUNED]
 
 
 def command(family: str, cell: Cell, kind: str, work: Path) -> list[str]:
@@ -70,9 +69,6 @@ def command(family: str, cell: Cell, kind: str, work: Path) -> list[str]:
     if kind == "fitted":
         made = ["runtime", "fit", bundle, "--calls", str(cell.calls), "-k", str(cell.directions)]
         made += ["--candidates", str(CANDIDATES)]
-    elif kind == "rdpo":
-        made = ["epd.train", "rdpo", bundle, "--table", file("distilled"), "--reward", "shapes", "--scales", "0.02"]
-        return [*made, "--iterations", str(ITERATIONS), *learn]
     else:
         made = ["epd.train", "distill", f"shapes-{family}", "--steps", str(STEPS[cell.calls])]
         if cell.start == "history":
@@ -105,33 +101,58 @@ def write_captions(work: Path) -> None:
 
 
 def ship(family: str, work: Path) -> None:
-    """Validates the tables of a family together, and puts them where they ship, in place of those that do."""
+    """Validates the tables of a family together, and puts them where they ship, in place of those that do.
+
+    Raises
+    ------
+    RequestError
+        Some of them are not there.
+    """
     files = [work / f"{cell.name(family, kind)}.json" for cell, kind in CELLS]
-    tables = {file.name: Table.load(file) for file in files if file.exists()}
-    defaults = Bundle.open(work / f"shapes-{family}").facts.defaults
-    asked = ["benchmarks", "quality", str(work / f"shapes-{family}"), "--prompts", str(work / "validate.txt")]
-    asked += ["--count", str(VALIDATE[0]), "--seed", str(VALIDATION_NOISE), "--solvers", defaults.solver]
-    asked += ["--calls", str(defaults.steps), "--most-work", "0", "--json", "--work", str(work / "quality")]
-    result = json.loads(_run([*asked, "--table", *(str(work / name) for name in tables)], stdout=subprocess.PIPE))
-    found = {row["table"]: row["figures"]["psnr_db"]["mean"] for row in result["rows"] if row["table"] is not None}
-    own = max(row["figures"]["psnr_db"]["mean"] for row in result["rows"] if row["steps"] == defaults.steps)
-    for old in SHIPPED.glob(f"shapes-{family}-*.json"):
-        old.unlink()
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise RequestError(f"{work}: {len(missing)} tables are missing, {missing[0]} first; make them without --ship")
+    tables = _validated(family, work, files)
     for name, table in tables.items():
-        quality: dict[str, Any] = {"psnr_db": round(found[digest(table)], 2), "images": result["prompts"]}
-        quality |= {"own_solver": f"{defaults.solver}, {defaults.steps} steps", "own_solver_db": round(own, 2)}
-        replace(table, provenance={**(table.provenance or {}), "quality": quality}).save(SHIPPED / name)
+        table.save(SHIPPED / name)
+    for old in SHIPPED.glob(f"shapes-{family}-*.json"):
+        if old.name not in tables:
+            old.unlink()
     if (BUILT_IN / f"shapes-{family}").exists():
-        _refresh(BUILT_IN / f"shapes-{family}", list(tables))
+        _refresh(BUILT_IN / f"shapes-{family}", tables)
 
 
-def _refresh(folder: Path, names: Sequence[str]) -> None:
-    """Gives a bundle the shipped tables of these names, and no others."""
-    write_facts(folder, replace(Bundle.open(folder).facts, tables=()))
+def _validated(family: str, work: Path, files: Sequence[Path]) -> dict[str, Table]:
+    """The tables by name, each telling how close its pictures came, and how close the model's own solver's."""
+    bundle = work / f"shapes-{family}"
+    defaults = Bundle.open(bundle).facts.defaults
+    asked = ["benchmarks", "quality", str(bundle), "--prompts", str(work / "validate.txt"), "--most-work", "0"]
+    asked += ["--count", str(VALIDATE[0]), "--seed", str(VALIDATION_NOISE), "--work", str(work / "quality"), "--json"]
+    asked += ["--solvers", defaults.solver, "--calls", str(defaults.steps), "--table", *map(str, files)]
+    result = json.loads(_run(asked, stdout=subprocess.PIPE))
+    rows = {(row["solver"], row["steps"]): row for row in result["rows"] if row["kind"] == "solver"}
+    own = rows[defaults.solver, defaults.steps]["figures"]["psnr_db"]["mean"]
+    found = {row["table"]: row["figures"]["psnr_db"]["mean"] for row in result["rows"] if row["table"] is not None}
+    told = {"images": result["prompts"], "own_solver": f"{defaults.solver}, {defaults.steps} steps"}
+    told |= {"own_solver_db": round(own, 2)}
+    tables = {file.name: Table.load(file) for file in files}
+    return {
+        name: replace(
+            table,
+            provenance={**(table.provenance or {}), "quality": {"psnr_db": round(found[digest(table)], 2), **told}},
+        )
+        for name, table in tables.items()
+    }
+
+
+def _refresh(folder: Path, tables: Mapping[str, Table]) -> None:
+    """Gives a bundle these tables, and no others."""
+    for name, table in tables.items():
+        table.save(folder / TABLES / name)
+    paths = best_first({f"{TABLES}/{name}": table for name, table in tables.items()})
+    write_facts(folder, replace(Bundle.open(folder).facts, tables=paths))
     for old in (folder / TABLES).glob("*.json"):
-        old.unlink()
-    for name in names:
-        Bundle.open(folder).install(Table.load(SHIPPED / name), name)
+        if old.name not in tables:
+            old.unlink()
 
 
 def _run(arguments: list[str], **streams: Any) -> str:
@@ -139,16 +160,17 @@ def _run(arguments: list[str], **streams: Any) -> str:
     return str(subprocess.run([sys.executable, "-m", *arguments], check=True, text=True, **streams).stdout)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int:
+    """0; 2 for what cannot be (one line on stderr), 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="python -m shapes.tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("family", choices=("sd3", "sd15"))
     parser.add_argument("--work", type=Path, default=Path("build/tables"), help="everything is made and kept here")
     parser.add_argument("--ship", action="store_true", help="rank what is there, and put it where it ships")
-    options = parser.parse_args()
-    (ship if options.ship else make)(options.family, options.work)
+    parser.set_defaults(run=lambda options: (ship if options.ship else make)(options.family, options.work))
+    return carried_out(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

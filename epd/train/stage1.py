@@ -95,13 +95,13 @@ def distil(options: Namespace) -> None:
             f"--device {options.device} has too little memory; give --recompute or a smaller --batch"
         ) from None
     table.save(output)
-    if options.work is None:
-        shutil.rmtree(folder)
     if options.json:
         print(json.dumps({"table": str(output)} | told))
     else:
         print(output)
         print(_sentence(told, table), file=sys.stderr)
+    if options.work is None:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _distilled(

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -46,10 +47,15 @@ def test_every_choice_is_judged_against_the_base(bundles, family, prompts, tmp_p
 
 def test_where_a_table_may_be_taken(bundles, prompts, tmp_path, capsys):
     command = ["fitting", str(bundles["sd3"]), *SHORT, "--prompts", prompts, "--only-transfer", "--json"]
-    command += ["--to", str(bundles["sd3"]), "--guidance-scale", "2", "--work", str(tmp_path)]
+    other = shutil.copytree(bundles["sd3"], tmp_path / "other")
+    command += ["--to", str(other), "--guidance-scale", "2", "--work", str(tmp_path)]
     assert main(command) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert {row["choice"] for row in rows} == {"fitted on"}
+    between = [row for row in rows if not row["drawn_on"].startswith("guidance")]
+    assert len({row["drawn_on"] for row in between}) == 2  # told apart although they are of one size and precision
+    assert len(between) == 4
+    assert all(abs(row["over_db"]["mean"]) < 1e-3 for row in between)  # their graphs are the same
     scales = [row for row in rows if row["drawn_on"].startswith("guidance")]
     usual = Pipeline.from_pretrained(bundles["sd3"]).bundle.facts.defaults.guidance
     labels = [f"guidance {scale:g}" for scale in sorted({2.0, usual})]
@@ -61,7 +67,27 @@ def test_where_a_table_may_be_taken(bundles, prompts, tmp_path, capsys):
         assert any(value != 0 for value in some.values())
 
 
-def test_designs_keep_the_rules_and_leave_the_base_out(bundles):
+def test_a_table_that_diverges_is_told_and_the_others_stand(bundles, prompts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(fitting.Case, "psnr", _diverging(fitting.Case.psnr))
+    command = ["fitting", str(bundles["sd3"]), *SHORT, "--prompts", prompts, "--csv", str(tmp_path / "f.csv")]
+    assert main([*command, "--plot", str(tmp_path / "f.png")]) == 0
+    text = capsys.readouterr().out
+    assert text.count("not finite") == 2  # the figure and the difference of one row
+    assert "## Trajectories" in text
+
+
+def _diverging(psnr):
+    """As if the third table gave NaN."""
+    asked = []
+
+    def found(case, made):
+        asked.append(made)
+        return psnr(case, None if len(asked) == 3 else made)
+
+    return found
+
+
+def test_designs_keep_the_rules(bundles):
     for family in ("sd3", "sd15"):
         facts = Pipeline.from_pretrained(bundles[family]).bundle.facts
         for k in (1, 2, 3):
@@ -78,14 +104,17 @@ def test_designs_keep_the_rules_and_leave_the_base_out(bundles):
         (["--calls", "1"], "--calls must be"),
         (["--trajectories", "1"], "--trajectories must be"),
         (["--to", "nowhere"], "nowhere"),
+        (["--to", "OTHER"], "no bundle of the same model"),
+        (["--to", "SAME", "SAME"], "given twice"),
+        (["--guidance-scale", "5000"], "guidance scales must be"),
         (["--markdown", "no/such/folder.md"], "make it first"),
     ],
 )
-def test_what_cannot_be_is_told_in_a_line(bundles, prompts, capsys, arguments, words):
+def test_what_cannot_be_is_told_in_a_line(bundles, prompts, capsys, monkeypatch, arguments, words):
     command = ["fitting", str(bundles["sd3"]), *SHORT, "--prompts", prompts]
-    if "--to" in arguments:
-        command.append("--only-transfer")
-    assert main([*command, *arguments]) == 2
+    monkeypatch.setattr(fitting, "ablate", None)  # nothing is computed before it is told
+    names = {"OTHER": str(bundles["sd15"]), "SAME": str(bundles["sd3"])}
+    assert main([*command, *(names.get(word, word) for word in arguments)]) == 2
     told = capsys.readouterr().err
     assert words in told
     assert told.count("\n") == 1

@@ -125,7 +125,7 @@ def test_seconds_of_a_drawing_by_hand():
 
 
 def test_requests_are_those_of_the_driver():
-    table = epd.Table.load(SHIPPED / "shapes-sd3-k2-calls6.json")
+    table = epd.Table.load(SHIPPED / "shapes-sd3-fitted-k2-calls6.json")
     solver = epd.solvers.epd(table)
     asked = requests(solver, 2)
     assert [len(points) for points in asked] == [1, *([2] * 5)]

@@ -170,7 +170,7 @@ def test_ctrl_c_keeps_what_there_is(tmp_path, capsys, monkeypatch):
     assert not output.exists()
     assert list((tmp_path / "cache").rglob("*.npz"))
     assert main([*command, "-o", str(output)]) == 0
-    assert not list((tmp_path / "cache").rglob("*.npz"))
+    assert not [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
     assert "goes on from step 1" in capsys.readouterr().err
     assert len(calls) == 3
     assert epd.Table.load(output).provenance["recipe"]["steps"] == 2

@@ -26,7 +26,8 @@ from .pipeline import Pipeline
 from .plan import Plan
 from .tables import load_table
 
-Basis = Literal["measured", "between", "as fitted"]  # between: read off between two measured numbers of steps
+# between: two measured numbers of steps; as told: by the table itself
+Basis = Literal["measured", "between", "as told", "as fitted"]
 WAYS: tuple[Directions, ...] = ("batch", "calls", "async")  # the simplest first
 
 
@@ -203,7 +204,8 @@ def _training_free(figures: Figures) -> Iterator[tuple[Figure, Basis, None]]:
 def _with_tables(
     figures: Figures, tables: dict[str, epd.Table], missing: list[str]
 ) -> Iterator[tuple[Figure, Basis, str]]:
-    """The bundle's tables: as measured, else as far above the training-free solvers as their fit found them."""
+    """The bundle's tables: as measured, else as they tell (`shapes.tables` draws other captions), else as far above the
+    training-free solvers as their fit found them."""
     for path, table in tables.items():
         key = digest(table)
         own = [row for row in figures.rows if row.table == key]
@@ -211,7 +213,11 @@ def _with_tables(
             yield row, "measured", path
         if own:
             continue
-        over = ((table.provenance or {}).get("held_out") or {}).get("over_best_db")
+        provenance = table.provenance or {}
+        if "quality" in provenance and table.held_out_psnr is not None:
+            yield Figure("epd", table.steps, table.held_out_psnr, math.inf, table=key), "as told", path
+            continue
+        over = (provenance.get("held_out") or {}).get("over_best_db")
         others = [row for row, _, _ in _training_free(figures) if _calls(row) <= table.sequential_calls]
         if isinstance(over, int | float) and others:
             psnr = max(row.psnr_db for row in others) + over

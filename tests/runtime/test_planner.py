@@ -65,7 +65,7 @@ def sweep(pipe, known, device):
         table = epd.Table.load(pipe.bundle.folder / path)
         asked = [int(np.count_nonzero(w)) for w in table.w]
         singles = {"history": 1, "call": table.steps}[table.start]
-        psnr = [row.psnr_db for row in known.rows if row.table == digest(table)]
+        psnr = [row.psnr_db for row in known.rows if row.table == digest(table)] or [table.held_out_psnr]
         batch = sum(call[2 * k] for k in asked)
         turn = sum(asked) * call[2]
         found += [(one, 0.02 + singles * call[2] + taken) for one in psnr for taken in (batch, turn)]
@@ -107,10 +107,10 @@ def test_the_choice_is_the_best_of_an_exhaustive_sweep(models, name, device):
 
 
 def test_devices_choose_differently(models):
-    """Where a second direction is nearly free it is taken; where it costs a call, that call is a step instead."""
+    """Where further directions are nearly free they are taken; where one costs a call, that call is a step instead."""
     *_, found = models["shapes-sd3"]
-    assert [choose(found["idle"], budget).k for budget in (0.101, 0.132)] == [2, 2]
-    assert [choose(found["busy"], budget).k for budget in (0.101, 0.132)] == [1, 1]
+    assert [choose(found["idle"], budget).k for budget in (0.115, 0.132)] == [3, 3]
+    assert [choose(found["busy"], budget).k for budget in (0.115, 0.132)] == [1, 1]
 
 
 def test_seconds_of_a_drawing_by_hand():

@@ -115,13 +115,17 @@ class Table:
         As its `quality` tells, which is of the same pictures for all tables of a model; else as those found that
         it was judged by when it was made.
         """
-        told = self._told("quality", "psnr_db")
-        return self._told("held_out", "psnr_db") if told is None else told
+        return self._told("held_out", "psnr_db") if self.quality_psnr is None else self.quality_psnr
+
+    @property
+    def quality_psnr(self) -> float | None:
+        """The former of these two."""
+        return self._told("quality", "psnr_db")
 
     @property
     def as_good_as_own_solver(self) -> bool:
         """Whether its `quality` found it no less close than the model's own solver in its own steps."""
-        ours, own = self._told("quality", "psnr_db"), self._told("quality", "own_solver_db")
+        ours, own = self.quality_psnr, self._told("quality", "own_solver_db")
         return ours is not None and own is not None and ours >= own
 
     def _told(self, section: str, name: str) -> float | None:

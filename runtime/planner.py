@@ -213,11 +213,10 @@ def _with_tables(
             yield row, "measured", path
         if own:
             continue
-        provenance = table.provenance or {}
-        if "quality" in provenance and table.held_out_psnr is not None:
-            yield Figure("epd", table.steps, table.held_out_psnr, math.inf, table=key), "as told", path
+        if table.quality_psnr is not None:
+            yield Figure("epd", table.steps, table.quality_psnr, math.inf, table=key), "as told", path
             continue
-        over = (provenance.get("held_out") or {}).get("over_best_db")
+        over = ((table.provenance or {}).get("held_out") or {}).get("over_best_db")
         others = [row for row, _, _ in _training_free(figures) if _calls(row) <= table.sequential_calls]
         if isinstance(over, int | float) and others:
             psnr = max(row.psnr_db for row in others) + over

@@ -1,6 +1,6 @@
 """Makes the tables that ship for our own checkpoints, with the commands that users have; a stopped run goes on.
 
-    python -m shapes.tables sd3 --work build/tables           fits and distils all of them (an hour on two cores)
+    python -m shapes.tables sd3 --work build/tables           fits and distils all of them (two hours on a core)
     python -m shapes.tables sd3 --work build/tables --ship    ranks them, and puts them where they ship
 
 Captions and start noise of three uses are kept apart: `LEARN` is for fitting and distilling, whose commands divide it
@@ -135,12 +135,14 @@ def _validated(family: str, work: Path, files: Sequence[Path]) -> dict[str, Tabl
     told = {"images": result["prompts"], "own_solver": f"{defaults.solver}, {defaults.steps} steps"}
     told |= {"own_solver_db": round(own, 2)}
     tables = {file.name: Table.load(file) for file in files}
-    return {
+    fitted = {digest(table) for name, table in tables.items() if "-fitted-" in name}
+    return {  # where distillation found nothing better it gave the fitted table back: that ships once, as what it is
         name: replace(
             table,
             provenance={**(table.provenance or {}), "quality": {"psnr_db": round(found[digest(table)], 2), **told}},
         )
         for name, table in tables.items()
+        if "-fitted-" in name or digest(table) not in fitted
     }
 
 
@@ -157,7 +159,12 @@ def _refresh(folder: Path, tables: Mapping[str, Table]) -> None:
 
 def _run(arguments: list[str], **streams: Any) -> str:
     print(f"python -m {' '.join(arguments)}", file=sys.stderr, flush=True)
-    return str(subprocess.run([sys.executable, "-m", *arguments], check=True, text=True, **streams).stdout)
+    done = subprocess.run([sys.executable, "-m", *arguments], check=False, text=True, **streams)
+    if done.returncode:
+        raise RequestError(
+            f"`python -m {arguments[0]}` ended with {done.returncode}; the same command goes on from here"
+        )
+    return str(done.stdout)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,6 +11,7 @@ from benchmarks.quality import SCENES_SEED
 from epd.catalogue import SHIPPED
 from epd.table import Table
 from runtime.bundle import best_first
+from runtime.figures import digest
 from shapes import tables
 from shapes.captions import held_out_scenes
 
@@ -43,11 +44,21 @@ def test_shipping_half_of_them_is_refused(tmp_path, capsys):
     assert {file: file.read_bytes() for file in SHIPPED.glob("shapes-*.json")} == before
 
 
+def test_a_command_that_fails_is_told_in_a_line(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(tables, "command", lambda *_: ["runtime", "fit", "nowhere"])
+    (tmp_path / "shapes-sd3").mkdir()
+    assert tables.main(["sd3", "--work", str(tmp_path)]) == 2
+    told = capfd.readouterr().err
+    assert "`python -m runtime` ended with 2; the same command goes on from here" in told
+    assert "Traceback" not in told
+
+
 def test_no_caption_has_two_uses(tmp_path):
     tables.write_captions(tmp_path)
     learn, validate = ((tmp_path / f"{name}.txt").read_text(encoding="utf-8").split("\n") for name in tables.SETS)
     test = {scene.caption for scene in held_out_scenes(512, SCENES_SEED)}
-    assert len(learn) > 200 and len(validate) > 100  # noqa: PT018
+    assert len(learn) > 200
+    assert len(validate) > 100
     assert not set(learn) & set(validate) - {""}
     assert not (set(learn) | set(validate)) & test
 
@@ -67,7 +78,12 @@ def test_a_shipped_table_says_how_good_it_is(file):
 @pytest.mark.parametrize("family", ["sd3", "sd15"])
 def test_the_default_is_as_good_as_the_models_own_solver_for_less_work(family):
     made = {file.name: Table.load(file) for file in FILES if file.stem.startswith(f"shapes-{family}-")}
-    assert len(made) == len(tables.CELLS)
+    names = {cell.name(family, kind) for cell, kind in tables.CELLS}
+    assert {name.removesuffix(".json") for name in made} <= names
+    fitted = {digest(table) for name, table in made.items() if "-fitted-" in name}
+    for missing in names - {name.removesuffix(".json") for name in made}:  # distilled, and no better
+        assert missing.replace("distilled", "fitted") + ".json" in made
+    assert not any(digest(table) in fitted for name, table in made.items() if "-distilled-" in name)
     first = made[best_first(made)[0]]
     assert first.as_good_as_own_solver
     assert first.total_evaluations < {"sd3": 28, "sd15": 50}[family]

@@ -7,6 +7,7 @@ by another. Knows nothing of what the tasks are.
 
 from __future__ import annotations
 
+import collections
 import functools
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,8 @@ from typing import Any, Protocol
 from runtime.errors import RequestError
 
 RETRIES = 5  # of one task whose worker died
+AHEAD = 2  # tasks a core that are handed over; the few that an end finds there end by themselves, for Ray's own
+# ray.cancel can take the whole process with it (a race with a task that is just done: ray-project/ray#54798)
 CONNECT_SECONDS = 10.0
 
 
@@ -50,18 +53,17 @@ def spread(job: Job, tasks: Sequence[Any], address: str) -> Iterator[Any]:
     ray = connected(address)
     answer = ray.remote(num_cpus=job.threads or 1, max_retries=RETRIES)(_answer)
     known = ray.put(job)
-    waiting = [answer.remote(known, task) for task in tasks]
+    ahead = AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    waiting = collections.deque(answer.remote(known, task) for task in tasks[:ahead])
     try:
-        for one in waiting:
-            yield ray.get(one)
+        for following in range(ahead, ahead + len(tasks)):
+            yield ray.get(waiting.popleft())
+            waiting.extend(answer.remote(known, task) for task in tasks[following : following + 1])
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
     except ray.exceptions.RayError as error:
         told = " ".join(str(error).split())
         raise RequestError(f"--ray {address}: {told:.200}; the same command goes on") from None
-    finally:
-        for one in waiting:
-            ray.cancel(one)
 
 
 def connected(address: str) -> Any:

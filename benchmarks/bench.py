@@ -91,14 +91,59 @@ class Bench:
         ------
         NotFiniteError
         """
-        size = 1 if attempt.kind == "parallel" else self._batch  # in a batch the slowest image would be counted
-        parts, count = [], len(self.prompts) if most is None else min(most, len(self.prompts))
-        for i in range(0, count, size):
-            images = slice(i, min(i + size, count))
-            name = f"{self.key(attempt)}-{images.start}-{images.stop}"
-            parts.append(self.kept(name, partial(self._part, attempt, images)))
+        key = self.key(attempt)
+        parts = [
+            self.kept(_name(key, images), partial(self.part, attempt, images)) for images in self._parts(attempt, most)
+        ]
         latents, work = (np.concatenate([part[name] for part in parts]) for name in ("latents", "work"))
         return Trajectories(latents, *work.mean(0).tolist())
+
+    def gather(
+        self,
+        attempts: Sequence[tuple[Attempt, int | None]],
+        address: str,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        """Has a Ray cluster (see `epd.train.cluster`) run what is not in the folder `work`, which has to be given.
+
+        Parameters
+        ----------
+        attempts : sequence
+            Each with the number of the first images that it is run on, None for all.
+        progress : callable
+            Told how many parts are done, and of how many.
+
+        Raises
+        ------
+        NotFiniteError
+        RequestError
+            The cluster is not reached, or its workers died again and again: what they had made is kept.
+        """
+        from epd.train.cluster import spread
+
+        assert self.work is not None
+        keys = [self.key(attempt) for attempt, _ in attempts]
+        wanted = [
+            (images, index) for index, (attempt, most) in enumerate(attempts) for images in self._parts(attempt, most)
+        ]
+        missing = sorted(  # images by images: their prompts are encoded once
+            ((images, i) for images, i in wanted if not (self.work / f"{_name(keys[i], images)}.npz").is_file()),
+            key=lambda part: (part[0].start, part[1]),
+        )
+        job = Drawing(
+            str(self.pipe.bundle.folder.absolute()), self.pipe.provider, tuple(self.prompts[:: self.seeds]),
+            self.guidance, self._batch, self.seeds, self.noise_seed,
+        )  # fmt: skip
+        found = spread(job, [(attempts[i][0], images) for images, i in missing], address)
+        for done, ((images, i), made) in enumerate(zip(missing, found, strict=True), 1):
+            self.kept(_name(keys[i], images), lambda made=made: made)  # type: ignore[misc]
+            progress(done, len(missing))
+
+    def _parts(self, attempt: Attempt, most: int | None) -> list[slice]:
+        """The images of each batch."""
+        size = 1 if attempt.kind == "parallel" else self._batch  # in a batch the slowest image would be counted
+        count = len(self.prompts) if most is None else min(most, len(self.prompts))
+        return [slice(i, min(i + size, count)) for i in range(0, count, size)]
 
     def kept(self, name: str, make: Callable[[], dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
         """What `make` gives; from the folder `work` where it is known by that name."""
@@ -115,7 +160,7 @@ class Bench:
         """(B, H, W, 3) in [0, 1]."""
         return self.pipe.decode(latents.astype(np.float64))
 
-    def _part(self, attempt: Attempt, images: slice) -> dict[str, NDArray[Any]]:
+    def part(self, attempt: Attempt, images: slice) -> dict[str, NDArray[Any]]:
         """Latents, and work (B, 3): sequential calls, total evaluations, guided forwards of some images."""
         from runtime.errors import NotFiniteError
 
@@ -152,6 +197,31 @@ class Bench:
         ]
         parts += [attempt.name, attempt.times, attempt.start_scale, attempt.numbers, attempt.interval]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Batches of images by one attempt or another, as a worker of a cluster draws them: on one core each."""
+
+    model: str
+    provider: str
+    prompts: tuple[str, ...]
+    guidance: float
+    batch: int
+    seeds: int
+    noise_seed: int
+    threads: int = 1
+
+    def open(self) -> Callable[[tuple[Attempt, slice]], dict[str, NDArray[Any]]]:
+        from runtime.pipeline import Pipeline
+
+        pipe = Pipeline.from_pretrained(self.model, provider=self.provider, threads=self.threads)
+        bench = Bench(pipe, self.prompts, self.guidance, self.batch, None, self.seeds, self.noise_seed)
+        return lambda task: bench.part(*task)
+
+
+def _name(key: str, images: slice) -> str:
+    return f"{key}-{images.start}-{images.stop}"
 
 
 def shown(pictures: NDArray[np.float32], scenes: Sequence[Scene]) -> NDArray[np.float64]:

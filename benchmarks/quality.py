@@ -21,7 +21,9 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -170,9 +172,9 @@ def measure(
     plan = bench.pipe.plan("", solver="euler")
     opened = networks.open(bench.prompts, (plan.height, plan.width))
     teacher = teacher or bench
-    pair = references(teacher, reference_steps) if reference_steps else ()
-    ends = []
-    for attempt, most in zip(pair, (None, AGREEING * bench.seeds), strict=False):
+    pair, ends = [], []
+    for attempt, most in _most(teacher, reference_steps) if reference_steps else ():
+        pair.append(attempt)
         ends.append(teacher.run(attempt, most))
         progress(attempt.name)
     judge = Judge(bench, ends[0] if ends else None, teacher.key(pair[0]) if pair else "", scenes, opened)
@@ -335,6 +337,7 @@ def add(commands: Any) -> None:
     _add_networks(command)
     command.add_argument("--batch", type=int, default=16, metavar="B", help="images at once (default 16)")
     command.add_argument("--work", type=Path, metavar="DIR", help="keep results here; a run that was stopped goes on")
+    command.add_argument("--ray", metavar="ADDRESS", help="pictures on a Ray cluster, or local: on all cores here")
     command.add_argument("--provider", default="cpu", metavar="NAME", help="ONNX Runtime execution provider")
     command.add_argument("--figures", type=Path, metavar="JSON", help="write what `python -m runtime plan` reads, too")
     add_outputs(command)
@@ -358,14 +361,21 @@ def _add_networks(command: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
-    from runtime.errors import RequestError
-    from runtime.pipeline import Pipeline
-
     from . import report
 
     _check(options)
+    with tempfile.TemporaryDirectory() if options.ray and options.work is None else nullcontext(options.work) as work:
+        quality = _measured(options, None if work is None else Path(work))
+    if options.figures is not None:
+        quality.figures().save(options.figures)
+    publish(options, quality, report, report.comma_separated(quality))
+
+
+def _measured(options: argparse.Namespace, work: Path | None) -> Quality:
+    """Results are kept in the folder `work`."""
+    from runtime.errors import RequestError
+    from runtime.pipeline import Pipeline
+
     pipe = Pipeline.from_pretrained(options.model, provider=options.provider)
     facts = pipe.bundle.facts
     prompts, scenes = _prompts(options, facts.source.id, pipe.plan("", solver="euler").height)
@@ -374,7 +384,7 @@ def _run(options: argparse.Namespace) -> None:
     if scenes is None and not options.reference_steps and (options.inception or not options.reward):
         raise RequestError("--reference-steps 0: nothing is left to measure by; leave it out, or give --reward alone")
     guidance = facts.defaults.guidance if options.guidance_scale is None else options.guidance_scale
-    bench = Bench(pipe, prompts, guidance, options.batch, options.work, options.seeds, options.seed)
+    bench = Bench(pipe, prompts, guidance, options.batch, work, options.seeds, options.seed)
     attempts, baseline = _attempts(bench, options)
     notes = []
     if options.preset == "headline" and not any(attempt.kind == "table" for attempt in attempts):
@@ -384,22 +394,46 @@ def _run(options: argparse.Namespace) -> None:
         ]
         log.warning(notes[0])
     check_baseline(baseline, attempts)
-    teacher = None if options.teacher is None else _teacher(bench, options, prompts)
+    teacher = bench if options.teacher is None else _teacher(bench, options, prompts)
     networks = Networks(options.lpips, options.inception, _rewards(options))
-    references = 2 * (options.reference_steps > 0)
-    with tqdm(total=len(attempts) + references, unit="run", disable=None, leave=False) as bar:  # None: on a terminal
+    if options.ray:
+        _gather(options, bench, attempts, teacher)
+    with _bar(len(attempts) + 2 * (options.reference_steps > 0), "run") as bar:
 
         def progress(name: str) -> None:
             bar.set_postfix_str(name, refresh=False)
             bar.update(1)
 
-        quality = measure(
+        return measure(
             bench, attempts, scenes, options.reference_steps, progress, baseline=baseline, teacher=teacher,
             networks=networks, notes=notes,
         )  # fmt: skip
-    if options.figures is not None:
-        quality.figures().save(options.figures)
-    publish(options, quality, report, report.comma_separated(quality))
+
+
+def _gather(options: argparse.Namespace, bench: Bench, attempts: Sequence[Attempt], teacher: Bench) -> None:
+    """Has a cluster draw what `measure` will ask for."""
+    runs: list[tuple[Bench, list[tuple[Attempt, int | None]]]] = [(bench, [(attempt, None) for attempt in attempts])]
+    if options.reference_steps:
+        runs.insert(0, (teacher, _most(teacher, options.reference_steps)))
+    for where, wanted in runs:
+        with _bar(None, "batch") as bar:
+
+            def progress(done: int, total: int, bar: Any = bar) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            where.gather(wanted, options.ray, progress)
+
+
+def _most(teacher: Bench, steps: int) -> list[tuple[Attempt, int | None]]:
+    """The references, with the images that each is run on."""
+    return list(zip(references(teacher, steps), (None, AGREEING * teacher.seeds), strict=True))
+
+
+def _bar(total: int | None, unit: str) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit=unit, disable=None, leave=False)  # None: on a terminal
 
 
 def _rewards(options: argparse.Namespace) -> dict[str, Path | None]:

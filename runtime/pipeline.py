@@ -38,7 +38,7 @@ from .plan import Plan, make_plan
 from .profiles import Profile, machine
 from .providers import CPU, check_options, provider_of
 from .report import Clock, Report, Result
-from .session import Session, check_low_memory
+from .session import Session, check_low_memory, default_options
 from .slopes import Slopes, directions_of
 from .text import conditioning, forget_tokenizers
 
@@ -110,8 +110,11 @@ class Pipeline:
         fallback: Fallback = "limited",
         directions: str | None = None,
         low_memory: bool = False,
+        threads: int = 0,
     ) -> Pipeline:
         """Opens a bundle: a folder, or the name of one that ships with this package.
+
+        `threads`: of each graph on the CPU, where no `session_options` say so; 0: one per physical core.
 
         Raises
         ------
@@ -120,6 +123,8 @@ class Pipeline:
         bundle = Bundle.open(find(model))
         if bundle.facts.source.random_weights:
             log.warning("%s has RANDOM WEIGHTS: its pictures mean nothing, only its speed does", bundle.facts.name)
+        if threads and session_options is None:
+            session_options = default_options(onnxruntime(), provider_of(provider.partition(",")[0].strip()), threads)
         return cls(
             bundle,
             provider=provider,

@@ -450,10 +450,11 @@ class Session:
         return {name: fit(self.component, tensors[name], np.asarray(value)) for name, value in arrays.items()}
 
 
-def default_options(ort: ModuleType, row: Provider) -> Any:
-    """onnxruntime's session options where the caller gives none; threads are left to it: one per physical core."""
+def default_options(ort: ModuleType, row: Provider, threads: int = 0) -> Any:
+    """onnxruntime's session options where the caller gives none; 0 threads: its own choice, one per physical core."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = threads
     if row is CPU:  # a plan for each row count is new memory, kept; reuse ties tensors that could go
         options.enable_mem_pattern = options.enable_mem_reuse = False
     return options

@@ -21,8 +21,7 @@ def load(job: dict[str, Any]) -> Ready:
 
     options = None  # as this program has them by itself
     if job["threads_given"]:
-        options = default_options(onnxruntime(), CPU)
-        options.intra_op_num_threads = job["threads"]
+        options = default_options(onnxruntime(), CPU, job["threads"])
     bundle, lean = Bundle.open(find(job["folder"])), job.get("low_memory", False)
     told: dict[str, Any] = {
         "precision": bundle.facts.components[bundle.backbone].precision,

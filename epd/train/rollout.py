@@ -143,17 +143,10 @@ class Recipe:
         return {name: value for name, value in asdict(self).items() if name not in ("model", "abreast", "threads")}
 
     def _onnx(self) -> Network:
-        from runtime.ort import onnxruntime
         from runtime.pipeline import Pipeline
-        from runtime.providers import provider_of
-        from runtime.session import default_options
 
-        options = None
-        if self.threads:
-            options = default_options(onnxruntime(), provider_of(self.provider))
-            options.intra_op_num_threads = self.threads
         pipe = Pipeline.from_pretrained(
-            self.model, provider=self.provider, provider_options=dict(self.provider_options), session_options=options
+            self.model, provider=self.provider, provider_options=dict(self.provider_options), threads=self.threads
         )
         return Onnx(pipe, self.guidance)
 

@@ -1,5 +1,6 @@
 """Ray: the same numbers as here, also when a worker is killed. In an environment that has Ray."""
 
+import json
 import os
 import signal
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import epd
+from benchmarks.__main__ import main as benchmarks
 from epd.train.__main__ import main
 from epd.train.cluster import spread
 from epd.train.optimise import read_log
@@ -117,3 +119,23 @@ def test_a_cluster_that_is_not_there_is_told(tmp_path):
     with pytest.raises(RequestError, match="no cluster is reached there") as error:
         list(spread(Squares(str(tmp_path)), range(2), "127.0.0.1:1"))
     assert "\n" not in str(error.value)
+
+
+def test_the_pictures_that_are_judged_are_those_drawn_here(tmp_path, capsys):
+    """Of a stopped run only what is missing is drawn."""
+    bundle = tiny_bundle.bundle(tmp_path / "bundle", "sd3", size=32)
+    (tmp_path / "prompts.txt").write_text("red\nblue cat\nsquare\n", encoding="utf-8")
+    asked = ["quality", str(bundle), "--prompts", str(tmp_path / "prompts.txt"), "--seeds", "2", "--batch", "4"]
+    asked += ["--calls", "3", "--solvers", "heun", "paradigms", "--reference-steps", "60", "--json"]
+    found = {}
+    for name, more in (("here", []), ("there", ["--ray", "local"]), ("kept", ["--ray", "local"])):
+        if name != "there":
+            more = [*more, "--work", str(tmp_path / "work")]
+        assert benchmarks([*asked, *more]) == 0
+        found[name] = json.loads(capsys.readouterr().out)
+        if name == "here":
+            next((tmp_path / "work").glob("*-4-6.npz")).unlink()
+    for result in found.values():
+        for row in result["rows"]:
+            row["seconds"] = None
+    assert found["here"]["rows"] == found["there"]["rows"] == found["kept"]["rows"]

@@ -15,13 +15,12 @@ def state_of(optimiser: torch.optim.Optimizer, head: str) -> dict[str, Tensor]:
 
 
 def restore(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor], head: str) -> None:
-    """Takes up what `state_of` gave; nothing where no parameter had been stepped."""
+    """Takes up what `state_of` gave, which may have been before the first step."""
     states: dict[int, dict[str, Tensor]] = {}
     for path, value in under(tensors, f"{head}.").items():
         index, name = path.split(".")
-        states.setdefault(int(index), {})[name] = value
-    if states:
-        optimiser.load_state_dict({"state": states, "param_groups": optimiser.state_dict()["param_groups"]})
+        states.setdefault(int(index), {})[name] = value.clone()  # which the optimiser changes in place
+    optimiser.load_state_dict({"state": states, "param_groups": optimiser.state_dict()["param_groups"]})
 
 
 def under(tensors: Mapping[str, Tensor], head: str) -> dict[str, Tensor]:

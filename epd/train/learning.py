@@ -6,7 +6,8 @@ As in arXiv 2507.14797, except that
 - errors are compared in decibels, so that easy images count as much as hard ones: their squares, which hard images and
   the first bad steps rule, come much less far with as many steps;
 - free numbers (tables from history) are learned in orthonormal coordinates, see `epd.train.student`;
-- the best table on images not learned from is kept, and learning ends when it gets no better;
+- the best table on images not learned from is kept; where a look finds it no better, learning goes back to it and on
+  with lower rates, and ends when that has not helped either;
 - the teacher is converged, and the same for every student.
 
 Knows nothing of models: a `Lesson` has the network.
@@ -39,6 +40,7 @@ LOSSES = ("state", "unrolled", "image")
 _WARM = 10  # steps in which the learning rate rises
 _ENDS = 0.02  # share of the learning rate that is left at the end
 _FLOOR = 1e-7  # relative error below which nothing is gained: the logarithm's gradient would have no bound
+_BACK = 1 / 3  # of the rates, after every look that found nothing better
 _BETTER = 0.01  # dB from which on a table is better
 
 
@@ -54,7 +56,7 @@ class Recipe:
     frozen: tuple[str, ...] = ("times",)  # of student.LEARNED
     bound: float = 0.3  # largest relative change of a scale
     every: int = 15  # steps between two looks at the held-out images
-    patience: int = 4  # looks without a better table after which learning ends
+    patience: int = 4  # looks without a better table, each followed by lower rates, after which learning ends
     drop: float | None = None  # dB that may be lost where a direction is dropped, before learning on; None: keep all
     seed: int = 0  # of the order of images
 
@@ -86,6 +88,7 @@ class Progress:
     step: int = 0
     round: int = 0
     worse: int = 0  # looks since the best
+    backs: int = 0  # to the best, in this round: each lowers the rates
     looks: list[Sequence[float]] = field(default_factory=list)  # (round, step, dB of the held-out images)
     over: bool = False
 
@@ -160,13 +163,24 @@ class Learning:
         groups = [{"params": [p for n, p in raw.items() if (n in LINEAR) == kind], "lr": rates[kind]} for kind in rates]
         self._adam = torch.optim.Adam([group for group in groups if group["params"]], betas=(0.9, 0.99))
         self._rates = [group["lr"] for group in self._adam.param_groups]
+        self._best = self._state()
+
+    def _state(self) -> dict[str, Tensor]:
+        """Of the student and the optimiser, as it is now."""
+        student = {f"student.{name}": value for name, value in self._student.state_dict().items()}
+        state = student | state_of(self._adam, "adam")
+        return {name: value.detach().clone().contiguous() for name, value in state.items()}
+
+    def _restore(self, state: dict[str, Tensor]) -> None:
+        self._student.load_state_dict(under(state, "student."))
+        restore(self._adam, state, "adam")
 
     def _step(self) -> None:
         recipe, step = self.recipe, self.progress.step
         done = step / recipe.steps
         factor = min(1.0, (step + 1) / _WARM) * (_ENDS + (1 - _ENDS) * (1 + math.cos(math.pi * done)) / 2)
         for group, rate in zip(self._adam.param_groups, self._rates, strict=True):
-            group["lr"] = rate * factor
+            group["lr"] = rate * factor * _BACK**self.progress.backs
         dice = np.random.default_rng([recipe.seed, self.progress.round, step])
         images = dice.permutation(self.learn.count)[: recipe.batch].tolist()
         self._adam.zero_grad()
@@ -184,8 +198,10 @@ class Learning:
         decibels = self._look(table)
         if decibels >= now.best_db + _BETTER:
             now.best, now.best_db, now.worse = table, decibels, 0
+            self._best = self._state()
         else:
-            now.worse += 1
+            now.worse, now.backs = now.worse + 1, now.backs + 1
+            self._restore(self._best)
         if now.step < recipe.steps and now.worse < recipe.patience:
             return
         dropped = now.best
@@ -195,7 +211,7 @@ class Learning:
         if not now.over:
             fewer = f"{now.best.total_evaluations} -> {dropped.total_evaluations} evaluations"
             now.start = now.best = dropped
-            now.round, now.step, now.worse = now.round + 1, 0, 0
+            now.round, now.step, now.worse, now.backs = now.round + 1, 0, 0, 0
             self._begin(dropped)
             now.best_db = self._look(dropped)
             self.told(f"{now.best_db:6.2f} dB  {fewer}, learning on")
@@ -210,12 +226,11 @@ class Learning:
         return float(score(table, self.held, self.recipe.batch, self._aim).mean())
 
     def _snapshot(self) -> bytes:
-        tensors = {f"student.{name}": value.detach() for name, value in self._student.state_dict().items()}
-        tensors |= state_of(self._adam, "adam")
+        tensors = self._state() | {f"best.{name}": value for name, value in self._best.items()}
         now = self.progress
         told: dict[str, Any] = {"start": now.start.to_json(), "best": now.best.to_json(), "best_db": now.best_db}
-        told |= {name: getattr(now, name) for name in ("step", "round", "worse", "looks", "over")}
-        return save({name: value.clone().contiguous() for name, value in tensors.items()}, {"now": json.dumps(told)})
+        told |= {name: getattr(now, name) for name in ("step", "round", "worse", "backs", "looks", "over")}
+        return save(tensors, {"now": json.dumps(told)})
 
     def _resumed(self) -> bool:
         """Whether there is a checkpoint, and this goes on from it. A damaged one is as none."""
@@ -231,8 +246,8 @@ class Learning:
         start, best = (Table.from_json(told.pop(name), str(self.file)) for name in ("start", "best"))
         self.progress = Progress(start, best, **told)
         self._begin(self.progress.start)
-        self._student.load_state_dict(under(tensors, "student."))
-        restore(self._adam, tensors, "adam")
+        self._restore(tensors)
+        self._best = under(tensors, "best.")
         self.told(f"{self.progress.best_db:6.2f} dB  goes on from step {self.progress.step}")
         return True
 

@@ -111,8 +111,9 @@ class Stopped:
             raise KeyboardInterrupt
 
 
-def test_an_interrupted_run_goes_on_with_the_same_numbers(flow, fitted, tmp_path):
-    recipe = Recipe(steps=4, every=2, batch=2, drop=30.0)
+@pytest.mark.parametrize("rates", [{}, {"rate": 3.0, "linear_rate": 3.0}])  # so high that it goes back to the best
+def test_an_interrupted_run_goes_on_with_the_same_numbers(flow, fitted, tmp_path, rates):
+    recipe = Recipe(steps=4, every=2, batch=2, drop=30.0, **rates)
     whole = Learning(recipe, fitted, *flow, tmp_path / "whole")
     expected = whole.run()
     assert expected.total_evaluations < fitted.total_evaluations
@@ -142,6 +143,24 @@ def test_it_ends_when_it_gets_no_better_and_gives_the_best(flow, fitted, tmp_pat
     learning = Learning(recipe, fitted, *flow, tmp_path / "checkpoint")
     assert learning.run().to_json() == fitted.to_json()
     assert [step for _, step, _ in learning.progress.looks] == [0, 1, 2, 3]
+
+
+def test_after_a_look_that_found_nothing_better_it_goes_on_from_the_best_with_lower_rates(flow, fitted, tmp_path):
+    """Rates far too high, which become low enough in time: it ends better than it began."""
+    recipe, ticks = Recipe(steps=60, every=1, patience=30, rate=2.0, linear_rate=0.5), []
+    learning = Learning(recipe, fitted, *flow, tmp_path / "checkpoint", ticked=lambda: ticks.append(rates()))
+
+    def rates():
+        return [group["lr"] for group in learning._adam.param_groups]
+
+    begun = learning.progress.best_db
+    best = learning.run()
+    found = [decibels for _, _, decibels in learning.progress.looks]
+    assert found[1] < begun < learning.progress.best_db
+    assert learning.progress.backs == sum(later < max(found[:i]) + 0.01 for i, later in enumerate(found) if i)
+    assert max(ticks[-1]) < 1e-3 * max(max(each) for each in ticks)
+    np.testing.assert_allclose(learning._best["student.raw.place"], learning._student.raw["place"].detach())
+    assert best.to_json() != fitted.to_json()
 
 
 def test_where_it_diverges_the_best_table_so_far_is_given(flow, fitted, tmp_path):

@@ -9,6 +9,8 @@ import pytest
 from diffusers import StableDiffusion3Pipeline
 
 import epd
+from epd.diffusers import EPDScheduler
+from epd.train.rollout import Recipe, Rollout
 from export.__main__ import main as export
 from runtime.bundle import Bundle
 from runtime.pipeline import Pipeline
@@ -65,19 +67,51 @@ def test_a_third_text_encoder_tells_what_it_tells_in_diffusers(tmp_path):
     assert psnr(without, theirs) < 40
 
 
+@pytest.fixture(scope="module", params=FAMILIES)
+def shapes_model(request, tmp_path_factory):
+    """Family, our trained checkpoint, its bundle."""
+    name = f"shapes-{request.param}"
+    bundle = tmp_path_factory.mktemp("shapes") / name
+    assert export([name, "-o", str(bundle)]) == 0
+    return request.param, CHECKPOINTS / name, bundle
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_shapes_models_draw_what_diffusers_draws(family, tmp_path):
-    name, drawing = f"shapes-{family}", DRAWING[family]
-    assert export([name, "-o", str(tmp_path / name)]) == 0
-    reference = diffusers_pipeline(CHECKPOINTS / name, family)
-    pipeline = Pipeline.from_pretrained(tmp_path / name)
+def test_shapes_models_draw_what_diffusers_draws(shapes_model):
+    family, checkpoint, bundle = shapes_model
+    reference, pipeline, drawing = (
+        diffusers_pipeline(checkpoint, family),
+        Pipeline(Bundle.open(bundle)),
+        DRAWING[family],
+    )
     extra = {"max_sequence_length": drawing.t5_tokens} if drawing.t5_tokens else {}
     for guidance in (1.0, drawing.guidance):
         common = {"num_inference_steps": drawing.steps, "guidance_scale": guidance}
         theirs = by_diffusers(reference, PROMPTS, 0, **common, **extra)
         ours = by_runtime(pipeline, PROMPTS, 0, solver="euler", **common)
         assert psnr(ours, theirs) >= 60, guidance
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind", ["default", "fitted-k1-calls6", "fitted-k3-calls4", "distilled-two-requests-k2-calls8"]
+)
+def test_a_shipped_table_draws_the_same_here_in_torch_and_in_diffusers(shapes_model, kind):
+    family, checkpoint, bundle = shapes_model
+    opened = Bundle.open(bundle)
+    table = epd.Table.load(
+        bundle / next(p for p in opened.facts.tables if kind == "default" or p.endswith(f"{kind}.json"))
+    )
+    drawing, prompts = DRAWING[family], PROMPTS[:4]
+    ours = by_runtime(Pipeline(opened), prompts, 0, table=table, guidance_scale=drawing.guidance)
+    reference = diffusers_pipeline(checkpoint, family)
+    reference.scheduler = EPDScheduler.from_config(reference.scheduler.config, table=table)
+    common = {"num_inference_steps": table.steps, "guidance_scale": drawing.guidance}
+    common |= {"max_sequence_length": drawing.t5_tokens} if drawing.t5_tokens else {}
+    assert psnr(ours, by_diffusers(reference, prompts, 0, **common)) >= 60
+    stage = Recipe(str(checkpoint), "shapes", backend="torch", guidance=drawing.guidance).open()
+    drawn = [stage.pictures(Rollout(prompt, seed, (table,))) for seed, prompt in enumerate(prompts)]
+    assert psnr(ours, np.concatenate(drawn)) >= 60
 
 
 @pytest.mark.parametrize("points", [1, 2, 3])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import epd
+from epd.catalogue import SHIPPED
 from epd.solvers import epd as solver_of
 from epd.table import start_table
 from epd.train.student import Student
@@ -72,6 +73,18 @@ def moved(student, scale=0.3):
         for value in student.raw.values():
             value.copy_(scale * torch.randn(value.shape, generator=dice, dtype=torch.float64))
     return student
+
+
+@pytest.mark.parametrize("file", sorted(SHIPPED.glob("shapes-*.json")), ids=lambda file: file.stem)
+def test_numpy_and_torch_agree_on_a_shipped_table(file):
+    table = epd.Table.load(file)
+    network = {"sd3": "flow", "sd15": "edm"}[table.family]
+    x = starts(table.times[0])
+    *_, ours = epd.solve(solver_of(table), x, SLOPES[network])
+    with torch.no_grad():
+        run = epd.solve(solver_of(Student(table, frozen=())()), torch.from_numpy(x), slope_of(network))
+        *_, theirs = run
+    assert np.abs(theirs.x.numpy() - ours.x).max() <= 1e-6 * np.abs(ours.x).max()
 
 
 @pytest.mark.parametrize("name", TABLES)

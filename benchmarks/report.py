@@ -16,7 +16,7 @@ from .common import plain, save, table
 from .metrics import metric
 
 if TYPE_CHECKING:
-    from .quality import Quality, Row, Versus
+    from .comparison import Quality, Row, Versus
 
 WORK = {  # of one image
     "sequential_calls": "sequential calls",

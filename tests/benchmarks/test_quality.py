@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import epd
-from benchmarks import quality
+from benchmarks import comparison, quality
 from benchmarks.__main__ import main
 from benchmarks.bench import Attempt, Bench, Trajectories
 from benchmarks.entrants import asked, entrants, references
@@ -122,7 +122,7 @@ def test_psnr():
 
 @pytest.mark.parametrize("family", ["sd3", pytest.param("sd15", marks=pytest.mark.slow)])
 def test_all_forms_say_the_same(bundles, family, prompts, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(quality, "AGREEING", 2)  # prompts of three: the second reference is not run on all
+    monkeypatch.setattr(comparison, "AGREEING", 2)  # prompts of three: the second reference is not run on all
     files = {form: tmp_path / f"quality.{form}" for form in ("csv", "markdown", "plot")}
     told = [text for form, file in files.items() for text in (f"--{form}", str(file))]
     table = tmp_path / "mine.json"

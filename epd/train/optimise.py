@@ -10,7 +10,9 @@ Differences from the published recipe (arXiv 2512.22796 and its released code):
 - a higher concentration: theirs (10 to 20) tries positions some 0.1 from the table's, where pictures are much worse;
 - the table that is kept is the one best on validation prompts and noises that nothing is learned from, the given table
   among them; test prompts are never seen;
-- the ratio is clipped for each interval, not for the whole table.
+- the ratio is clipped for each interval, not for the whole table;
+- the learning rate is adapted, so that the policy moves as far in an iteration as is asked (in KL): how far a rate
+  takes it depends on the table, and a step much wider than the policy forgets what was learned.
 
 The policy, the optimiser and the best table are kept in a folder after every iteration: the same command goes on from
 there, and ends where an unbroken run would. Knows nothing of models or pictures.
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
@@ -50,6 +53,7 @@ Told = Callable[[str], None]  # one line of news
 
 VALIDATION_SEED = 7_000_000  # of the first validation picture's noise
 TRAINING_SEED = 20_000_000  # of the first training picture's
+ADAPTED = 1.5  # times the learning rate at most, from one iteration to the next
 LOG, CHECKPOINT = "log.jsonl", "checkpoint.safetensors"  # in the work folder
 PARAMETERS = ("r", "w", "scale_dir", "scale_time")  # of a table, what a policy changes
 
@@ -162,8 +166,9 @@ class Training:
         return line
 
     def _improve(self, draw: Draw, old: Tensor, advantage: Tensor) -> dict[str, float]:
-        """Steps of the optimiser on what was drawn."""
-        settings = self.settings
+        """Steps of the optimiser on what was drawn, until the policy has moved as far as it may."""
+        settings, before, moved = self.settings, _frozen(self.policy), 0.0
+        start = [value.detach().clone() for value in self.policy.parameters()]
         for _ in range(settings.epochs):
             distribution = self.policy()
             gained, clipped = surrogate(distribution.log_prob(draw), old, advantage, settings.clip)
@@ -172,9 +177,29 @@ class Training:
             (settings.kl * divergence - gained).backward()
             torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
             self.optimiser.step()
+            moved = float(_frozen(self.policy).kl(before).mean())
+            if moved > settings.step:  # so it goes back on that way, as the divergence is square in how far it went
+                self._go_back(start, math.sqrt(settings.step / moved))
+                break
+        line: dict[str, float] = {"moved": min(moved, settings.step), "rate": self.rate, "clipped": float(clipped)}
+        line["kl"] = float(_frozen(self.policy).kl(self.reference).mean())
+        self.rate *= min(max(math.sqrt(settings.step / max(moved, 1e-300)), 1 / ADAPTED), ADAPTED)
+        return line
+
+    def _go_back(self, start: Sequence[Tensor], share: float) -> None:
+        """The policy at a share of the way from its parameters at the start to those now."""
         with torch.no_grad():
-            divergence = self.policy().kl(self.reference).mean()
-        return {"kl": float(divergence), "clipped": float(clipped)}
+            for now, then in zip(self.policy.parameters(), start, strict=True):
+                now.copy_(then + share * (now - then))
+
+    @property
+    def rate(self) -> float:
+        """Of the optimiser, now."""
+        return float(self.optimiser.param_groups[0]["lr"])
+
+    @rate.setter
+    def rate(self, value: float) -> None:
+        self.optimiser.param_groups[0]["lr"] = value
 
     def _validate(self) -> dict[str, Any]:
         """The policy's table on the validation prompts; it is kept if it is the best so far."""
@@ -209,7 +234,8 @@ class Training:
         tensors |= state_of(self.optimiser, "optimiser")
         tensors |= {f"best.{name}": torch.tensor(getattr(self.best, name)) for name in PARAMETERS}
         tensors |= {"rewards.start": torch.tensor(self.start_rewards), "rewards.best": torch.tensor(self.best_rewards)}
-        facts = {"iteration": self.iteration, "best": self.best_iteration, "fingerprint": self.fingerprint}
+        facts: dict[str, Any] = {"iteration": self.iteration, "best": self.best_iteration, "rate": self.rate}
+        facts |= {"fingerprint": self.fingerprint}
         kept = {name: value.contiguous() for name, value in tensors.items()}
         earlier = [one for one in read_log(self.work) if one["iteration"] < line["iteration"]]
         text = "".join(f"{json.dumps(one)}\n" for one in [*earlier, line])
@@ -239,7 +265,7 @@ class Training:
         restore(self.optimiser, tensors, "optimiser")
         self.best = replace(self.first, **{n: value.numpy() for n, value in under(tensors, "best.").items()})
         self.start_rewards, self.best_rewards = (tensors[f"rewards.{name}"].numpy() for name in ("start", "best"))
-        self.iteration, self.best_iteration = facts["iteration"], facts["best"]
+        self.iteration, self.best_iteration, self.rate = facts["iteration"], facts["best"], facts["rate"]
         return True
 
     def _signed(self) -> epd.Table:

@@ -16,7 +16,8 @@ class Settings:
     group: int = 8  # G: tables for each prompt
     concentration: float = 200.0  # kappa, at the start
     scales: float = 0.0  # standard deviation of the logarithms of the scales; 0: not learned
-    rate: float = 1e-3  # of AdamW
+    rate: float = 1e-3  # of AdamW, to begin with
+    step: float = 0.05  # KL that the policy moves by in an iteration, a mean over intervals: the rate is adapted to it
     epochs: int = 4  # steps of the optimiser an iteration
     clip: float = 0.2  # of the ratio
     kl: float = 0.0  # weight of the divergence from the first policy
@@ -38,7 +39,7 @@ class Settings:
         ):
             if getattr(self, name) < least:
                 raise RequestError(f"--{name} must be {least} or more, got {getattr(self, name)}")
-        for name in ("concentration", "rate", "clip"):
+        for name in ("concentration", "rate", "step", "clip"):
             if not 0 < getattr(self, name) < 1e9:
                 raise RequestError(f"--{name} must be above 0, got {getattr(self, name)}")
         for name in ("scales", "kl"):

@@ -89,6 +89,18 @@ def test_a_toy_is_solved(tmp_path):
     assert found.provenance["validation"]["gain_low"] > 0
 
 
+@pytest.mark.parametrize("rate", [1e-5, 0.3])
+def test_a_policy_moves_as_far_as_it_is_asked_to_whatever_the_rate(tmp_path, rate):
+    learning = training(tmp_path, replace(QUICK, iterations=40, rate=rate, step=0.02))
+    learning.run()
+    lines = read_log(tmp_path)[1:]
+    divergences = [line["kl"] for line in lines]
+    assert divergences[0] <= 0.021  # cut back where the rate is far too high
+    assert np.median([line["moved"] for line in lines[20:]]) == pytest.approx(0.02, rel=0.5)
+    assert {line["rate"] for line in lines[:1]} == {rate}
+    assert lines[-1]["rate"] != rate
+
+
 def training(work, settings=QUICK, score=toy, table=START, prompts=PROMPTS):
     return Training(table, prompts, score, ["toy"], [1.0], settings, work)
 

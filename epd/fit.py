@@ -58,6 +58,13 @@ class Design:
         """K, points asked for at once."""
         return len(self.r[0])
 
+    def begins_as(self, other: Design) -> int:
+        """Intervals at the start whose requests are those of another design as well."""
+        if (self.place, self.carry, self.ridge) != (other.place, other.carry, other.ridge):
+            return 0
+        ends = zip(zip(self.times[1:], self.r, strict=True), zip(other.times[1:], other.r, strict=True), strict=True)
+        return next((i for i, (ours, theirs) in enumerate(ends) if ours != theirs), len(self.r))
+
     @property
     def sequential_calls(self) -> int:
         """N + 1: the very first slope, then one request an interval."""

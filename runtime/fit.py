@@ -8,6 +8,7 @@ stopped goes on where it was. The algorithm is `epd.fit`; this module gives it a
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -15,6 +16,7 @@ import os
 import sys
 import time
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -43,6 +45,7 @@ from .slopes import Slopes
 Array = NDArray[np.float64]
 _BATCH = 1 << 16  # latent entries in one request, guidance and directions counted, at most (one image at least)
 _GROUP = 16  # images in one request, at most
+_KNOWN = 1 << 28  # bytes of answers that are remembered
 _REFINED = 4  # halvings of a teacher's last interval that ends at 0
 log = logging.getLogger(__name__)
 
@@ -96,7 +99,7 @@ class Fitting:
             rows[group.role] += group.rows
         candidate = 1 + intervals * order.directions
         total = sum(rows.values()) * self._requests()
-        total += (rows["learn"] + rows["choose"]) * (order.candidates + 1) * candidate
+        total += (rows["learn"] + rows["choose"]) * self._asked(intervals)
         total += rows["judge"] * (candidate + 2 * len(competitors(self.pipe.bundle.facts)) * order.calls)
         total += rows["judge"] * len(self._fine())
         group = self.groups[0]
@@ -133,7 +136,7 @@ class Fitting:
 
     def _run(self, told: Told) -> tuple[epd.Table, Design, Judgement]:
         slope, teacher = self.lesson("learn", "choose")
-        count = self.order.trajectories
+        slope, count = remembering(slope), self.order.trajectories
         first = starts(self.pipe.bundle.facts, self.order.calls - 1, self.order.directions)
         best: Design | None = None
         score = partial(self._score, slope, teacher, count)
@@ -171,6 +174,14 @@ class Fitting:
         """Of a teacher: two an interval and one at the end; where that is 0, one for its last interval."""
         fine = self._fine()
         return 2 * len(fine) - 1 if fine[-1] > 0 else 2 * len(fine) - 3
+
+    def _asked(self, intervals: int) -> int:
+        """Points of all candidates but those that are remembered, if the first of them remained the best."""
+        order = self.order
+        first = starts(self.pipe.bundle.facts, intervals, order.directions)[: order.candidates]
+        around = itertools.islice(itertools.cycle(moves(first[0])), order.candidates - len(first))
+        fresh = len(first) * intervals + sum(intervals - first[0].begins_as(each) for each in around)
+        return 1 + fresh * order.directions
 
     def _start(self, group: Group) -> Array:
         """States at the first time, (B, C, h, w): the noise of the group's seeds."""
@@ -274,6 +285,23 @@ class Fitting:
                 "held_out": asdict(judgement),
             },
         )
+
+
+def remembering(slope: Slope) -> Slope:
+    """The same, but that what was asked lately is not asked again: designs that begin alike ask alike there."""
+    known: OrderedDict[bytes, Array] = OrderedDict()
+
+    def asked(points: epd.Points) -> Array:
+        key = hashlib.blake2b(np.concatenate([points.t, points.x.ravel()]).tobytes()).digest()
+        if key not in known:
+            known[key] = np.asarray(slope(points))
+            known[key].flags.writeable = False
+            while sum(answer.nbytes for answer in known.values()) > _KNOWN and len(known) > 1:
+                known.popitem(last=False)
+        known.move_to_end(key)
+        return known[key]
+
+    return asked
 
 
 def fit_bundle(

@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 
 import epd
+from epd.fit import Design, fit, teach
 from runtime.__main__ import main
 from runtime.bundle import Bundle
-from runtime.fit import Fitting, fit_bundle
+from runtime.designs import moves
+from runtime.fit import Fitting, fit_bundle, remembering
 from runtime.order import Order, read_prompts
 from runtime.pipeline import Pipeline
+from tests.epd.oracle import flow_slope
 
 PROMPTS = tuple(f"red a {i}" for i in range(8))
 SMALL = {"prompts": PROMPTS, "calls": 3, "trajectories": 4, "teacher_calls": 32, "candidates": 3}
@@ -109,6 +112,35 @@ def test_the_prediction_is_about_what_is_done(bundle, tmp_path):
     assert size >= stored * 0.9
     fitting.run()
     assert sum(done) == pytest.approx(rows, rel=0.3)
+
+
+@pytest.mark.parametrize("held", [1 << 28, 0])  # bytes
+def test_a_neighbour_asks_only_for_what_its_design_does_not_share(monkeypatch, held):
+    monkeypatch.setattr("runtime.fit._KNOWN", held)
+    dice = np.random.default_rng(3).standard_normal((3, 4, 2, 2))
+    teacher = teach(flow_slope, dice, np.linspace(1, 0, 41))
+    base = Design((1.0, 0.8, 0.6, 0.3, 0.0), ((0.5, 1.0),) * 3 + ((0.5, 0.9),), place=2, carry=2)
+    requests = []
+
+    def counted(points):
+        requests.append(points)
+        return flow_slope(points)
+
+    slope = remembering(counted)
+    fit(base, slope, teacher)
+    for design in moves(base):
+        shared, before = base.begins_as(design), len(requests)
+        table, ends = fit(design, slope, teacher)
+        alone, same = fit(design, flow_slope, teacher)
+        assert table.to_json() == alone.to_json()
+        np.testing.assert_array_equal(ends, same)
+        if held:
+            assert len(requests) - before <= 4 - shared
+            fit(base, slope, teacher)
+    assert base.begins_as(base) == 4
+    assert {base.begins_as(design) for design in moves(base)} == {0, 1, 2, 3}
+    if not held:
+        assert len(requests) == 5 * (1 + len(list(moves(base))))
 
 
 def test_on_the_command_line(bundle, tmp_path, capsys, monkeypatch):

@@ -1,8 +1,8 @@
 """Fits a solver table to a bundle, on the machine, provider and precision it will run with: forward passes alone.
 
-Three sets of start noise and prompts: one is learned from, one chooses among designs, one judges the table and is used
-for nothing else. Converged trajectories and scores are kept in a work folder as they are made, so that a run that was
-stopped goes on where it was. The algorithm is `epd.fit`; this module gives it a model.
+Three sets of start noise and prompts: one is learned from, it and a second one choose among designs, a third one judges
+the table and is used for nothing else. Converged trajectories and scores are kept in a work folder as they are made, so
+that a run that was stopped goes on where it was. The algorithm is `epd.fit`; this module gives it a model.
 """
 
 from __future__ import annotations
@@ -231,16 +231,18 @@ class Fitting:
         return found
 
     def _score(self, slope: Slope, teacher: Trajectories, learn: int, design: Design) -> float:
-        """Mean dB of the images that choose; -inf where a slope is not finite. Kept in the work folder."""
+        """Mean dB of all the images, learned from or not; -inf where a slope is not finite. Kept in the work folder."""
         used = [asdict(group) for group in self.groups if group.role != "judge"]
-        file = self._file("score", [asdict(design), used, self._fine().tolist(), self.teacher is not self.pipe], ".txt")
+        file = self._file(
+            "decibels", [asdict(design), used, self._fine().tolist(), self.teacher is not self.pipe], ".txt"
+        )
         try:
             return float(file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             pass
         try:
             _, x = fit(design, slope, teacher, learn)
-            found = float(decibels(x, teacher.x[-1])[learn:].mean())
+            found = float(decibels(x, teacher.x[-1]).mean())
         except FloatingPointError:
             found = -math.inf
         with _written(file) as opened:

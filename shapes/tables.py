@@ -135,16 +135,21 @@ def _validated(family: str, work: Path, files: Sequence[Path]) -> dict[str, Tabl
     found = {row["table"]: row["figures"]["psnr_db"]["mean"] for row in result["rows"] if row["table"] is not None}
     told = {"images": result["prompts"], "own_solver": f"{defaults.solver}, {defaults.steps} steps"}
     told |= {"own_solver_db": round(own, 2)}
-    tables = {file.name: Table.load(file) for file in files}
-    fitted = {digest(table) for name, table in tables.items() if "-fitted-" in name}
-    return {  # where distillation found nothing better it gave the fitted table back: that ships once, as what it is
-        name: replace(
-            table,
-            provenance={**(table.provenance or {}), "quality": {"psnr_db": round(found[digest(table)], 2), **told}},
-        )
-        for name, table in tables.items()
-        if "-fitted-" in name or digest(table) not in fitted
+    tables = {
+        file.name: replace(table, provenance={**(table.provenance or {}), "quality": {"psnr_db": decibels, **told}})
+        for file in files
+        for table in [Table.load(file)]
+        for decibels in [round(found[digest(table)], 2)]
     }
+    return {name: table for name, table in tables.items() if better_than_fitted(name, tables)}
+
+
+def better_than_fitted(name: str, tables: Mapping[str, Table]) -> bool:
+    """False for a distilled table that is no closer than the fitted one it began with."""
+    table, start = tables[name], tables.get(name.replace("-distilled-", "-fitted-"))
+    if start is None or start is table:
+        return True
+    return (table.held_out_psnr or 0.0) > (start.held_out_psnr or 0.0)
 
 
 def _refresh(folder: Path, tables: Mapping[str, Table]) -> None:

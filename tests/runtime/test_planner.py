@@ -109,7 +109,7 @@ def test_the_choice_is_the_best_of_an_exhaustive_sweep(models, name, device):
 def test_devices_choose_differently(models):
     """Where further directions are nearly free they are taken; where one costs a call, that call is a step instead."""
     *_, found = models["shapes-sd3"]
-    assert [choose(found["idle"], budget).k for budget in (0.115, 0.132)] == [3, 3]
+    assert all(choose(found["idle"], budget).k > 1 for budget in (0.115, 0.132))
     assert [choose(found["busy"], budget).k for budget in (0.115, 0.132)] == [1, 1]
 
 

@@ -106,6 +106,8 @@ class Bench:
     ) -> None:
         """Has a Ray cluster (see `epd.train.cluster`) run what is not in the folder `work`, which has to be given.
 
+        Its machines need the bundle, at the same path.
+
         Parameters
         ----------
         attempts : sequence
@@ -126,18 +128,19 @@ class Bench:
         wanted = [
             (images, index) for index, (attempt, most) in enumerate(attempts) for images in self._parts(attempt, most)
         ]
-        missing = sorted(  # images by images: their prompts are encoded once
-            ((images, i) for images, i in wanted if not (self.work / f"{_name(keys[i], images)}.npz").is_file()),
-            key=lambda part: (part[0].start, part[1]),
-        )
+        named = {_name(keys[i], images): (images, attempts[i][0]) for images, i in wanted}
+        missing = {name: part for name, part in named.items() if not (self.work / f"{name}.npz").is_file()}
+        if not missing:
+            return
+        names = sorted(missing, key=lambda name: missing[name][0].start)  # so that prompts are encoded once
         job = Drawing(
             str(self.pipe.bundle.folder.absolute()), self.pipe.provider, tuple(self.prompts[:: self.seeds]),
-            self.guidance, self._batch, self.seeds, self.noise_seed,
+            self.guidance, self._batch, self.seeds, self.noise_seed, self.pipe.bundle.fingerprint(),
         )  # fmt: skip
-        found = spread(job, [(attempts[i][0], images) for images, i in missing], address)
-        for done, ((images, i), made) in enumerate(zip(missing, found, strict=True), 1):
-            self.kept(_name(keys[i], images), lambda made=made: made)  # type: ignore[misc]
-            progress(done, len(missing))
+        found = spread(job, [missing[name] for name in names], address)
+        for done, (name, made) in enumerate(zip(names, found, strict=True), 1):
+            self.kept(name, lambda made=made: made)  # type: ignore[misc]
+            progress(done, len(names))
 
     def _parts(self, attempt: Attempt, most: int | None) -> list[slice]:
         """The images of each batch."""
@@ -210,14 +213,19 @@ class Drawing:
     batch: int
     seeds: int
     noise_seed: int
+    fingerprint: str | None  # of the bundle; None: it does not tell
     threads: int = 1
 
-    def open(self) -> Callable[[tuple[Attempt, slice]], dict[str, NDArray[Any]]]:
+    def open(self) -> Callable[[tuple[slice, Attempt]], dict[str, NDArray[Any]]]:
+        """Raises RequestError where the bundle is another one here."""
+        from runtime.errors import RequestError
         from runtime.pipeline import Pipeline
 
         pipe = Pipeline.from_pretrained(self.model, provider=self.provider, threads=self.threads)
+        if pipe.bundle.fingerprint() != self.fingerprint:
+            raise RequestError(f"{self.model}: another bundle on a machine of the cluster; copy this one there")
         bench = Bench(pipe, self.prompts, self.guidance, self.batch, None, self.seeds, self.noise_seed)
-        return lambda task: bench.part(*task)
+        return lambda task: bench.part(task[1], task[0])
 
 
 def _name(key: str, images: slice) -> str:

@@ -216,7 +216,7 @@ def _teacher(bench: Bench, options: argparse.Namespace, prompts: Sequence[str]) 
     ours, theirs = bench.pipe.bundle.facts, pipe.bundle.facts
     if (theirs.family, theirs.latent) != (ours.family, ours.latent):
         raise RequestError(f"{options.teacher}: no bundle of the same model as {options.model}; give another --teacher")
-    return Bench(pipe, prompts, bench.guidance, options.batch, options.work, options.seeds, options.seed)
+    return Bench(pipe, prompts, bench.guidance, options.batch, bench.work, options.seeds, options.seed)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -238,6 +238,8 @@ def _check(options: argparse.Namespace) -> None:
             raise RequestError(f"--guidance-interval is two sigmas with 0 <= LO < HI, got {low:g} {high:g}")
     if options.reference_steps == 0 and (options.figures or options.lpips):
         raise RequestError("--figures and --lpips need a reference; leave --reference-steps 0 out")
+    if options.ray and options.provider != "cpu":
+        raise RequestError(f"--ray draws on the cores of a cluster; leave --provider {options.provider} or --ray out")
     if options.preset == "headline" and options.most_work < math.inf:
         raise RequestError("--preset headline compares at the model's own calls; leave --most-work out")
     if options.figures is not None and (options.figures.is_dir() or not options.figures.parent.is_dir()):

@@ -180,7 +180,10 @@ class Fitting:
         order = self.order
         first = starts(self.pipe.bundle.facts, intervals, order.directions)[: order.candidates]
         around = itertools.islice(itertools.cycle(moves(first[0])), order.candidates - len(first))
-        fresh = len(first) * intervals + sum(intervals - first[0].begins_as(each) for each in around)
+        points = intervals * order.directions * sum(len(g.seeds) for g in self.groups if g.role != "judge")
+        kept = 8 * points * math.prod(self.shape) <= _KNOWN  # of a candidate
+        shared = sum(first[0].begins_as(each) for each in around) if kept else 0
+        fresh = order.candidates * intervals - shared
         return 1 + fresh * order.directions
 
     def _start(self, group: Group) -> Array:

@@ -123,8 +123,10 @@ class Pipeline:
         bundle = Bundle.open(find(model))
         if bundle.facts.source.random_weights:
             log.warning("%s has RANDOM WEIGHTS: its pictures mean nothing, only its speed does", bundle.facts.name)
+        if threads < 0 or (threads and (low_memory or "," in provider)):
+            raise RequestError(f"threads are 0 or more, for one provider without low_memory; got {threads}")
         if threads and session_options is None:
-            session_options = default_options(onnxruntime(), provider_of(provider.partition(",")[0].strip()), threads)
+            session_options = default_options(onnxruntime(), provider_of(provider), threads)
         return cls(
             bundle,
             provider=provider,

@@ -1,6 +1,6 @@
 """Makes the tables that ship for our own checkpoints, with the commands that users have; a stopped run goes on.
 
-    python -m shapes.tables sd3 --work build/tables           fits and distils all of them (two hours on a core)
+    python -m shapes.tables sd3 --work build/tables           fits and distils all of them (three hours on a core)
     python -m shapes.tables sd3 --work build/tables --ship    ranks them, and puts them where they ship
 
 Captions and start noise of three uses are kept apart: `LEARN` is for fitting and distilling, whose commands divide it
@@ -85,6 +85,7 @@ def command(family: str, cell: Cell, kind: str, work: Path) -> list[str]:
 def make(family: str, work: Path) -> None:
     """All tables that are not there yet, one after the other."""
     work.mkdir(parents=True, exist_ok=True)
+    check_recipe(work)
     write_captions(work)
     bundle = work / f"shapes-{family}"
     if not bundle.exists():
@@ -92,6 +93,15 @@ def make(family: str, work: Path) -> None:
     for cell, kind in CELLS:
         if not (work / f"{cell.name(family, kind)}.json").exists():
             _run(command(family, cell, kind, work))
+
+
+def check_recipe(work: Path) -> None:
+    """RequestError where the folder's tables were made by another recipe; else it is written there."""
+    recipe = {"learn": LEARN, "teacher calls": TEACHER_CALLS, "trajectories": TRAJECTORIES}
+    text, file = json.dumps(recipe | {"candidates": CANDIDATES, "steps": STEPS}, indent=1), work / "recipe.json"
+    if file.exists() and file.read_text(encoding="utf-8") != text:
+        raise RequestError(f"{work}: its tables were made by another recipe, {file.name} there; give another --work")
+    file.write_text(text, encoding="utf-8")
 
 
 def write_captions(work: Path) -> None:
@@ -112,6 +122,7 @@ def ship(family: str, work: Path) -> None:
     files = [work / f"{cell.name(family, kind)}.json" for cell, kind in CELLS]
     if missing := [file.name for file in files if not file.is_file()]:
         raise RequestError(f"{work}: {len(missing)} tables are missing, {missing[0]} first; make them without --ship")
+    check_recipe(work)
     tables = _validated(family, work, files)
     for name, table in tables.items():
         table.save(SHIPPED / name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import itertools
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 from runtime.errors import RequestError
 
 RETRIES = 5  # of one task whose worker died
-AHEAD = 2  # tasks a core that are handed over; the few that an end finds there end by themselves, for Ray's own
+AHEAD = 4  # tasks a core that are handed over; the few that an end finds there end by themselves, for Ray's own
 # ray.cancel can take the whole process with it (a race with a task that is just done: ray-project/ray#54798)
 CONNECT_SECONDS = 10.0
 
@@ -53,12 +54,15 @@ def spread(job: Job, tasks: Sequence[Any], address: str) -> Iterator[Any]:
     ray = connected(address)
     answer = ray.remote(num_cpus=job.threads or 1, max_retries=RETRIES)(_answer)
     known = ray.put(job)
-    ahead = AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
-    waiting = collections.deque(answer.remote(known, task) for task in tasks[:ahead])
+    left, waiting = iter(tasks), collections.deque[Any]()
     try:
-        for following in range(ahead, ahead + len(tasks)):
+        while True:
+            cores = max(1, int(ray.cluster_resources().get("CPU", 1)))  # a cluster may grow
+            following = itertools.islice(left, max(0, AHEAD * cores - len(waiting)))
+            waiting.extend(answer.remote(known, task) for task in following)
+            if not waiting:
+                return
             yield ray.get(waiting.popleft())
-            waiting.extend(answer.remote(known, task) for task in tasks[following : following + 1])
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
     except ray.exceptions.RayError as error:

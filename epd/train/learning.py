@@ -41,6 +41,7 @@ _WARM = 10  # steps in which the learning rate rises
 _ENDS = 0.02  # share of the learning rate that is left at the end
 _FLOOR = 1e-7  # relative error below which nothing is gained: the logarithm's gradient would have no bound
 _BACK = 1 / 3  # of the rates, after every look that found nothing better
+_FORMAT = 2  # of a checkpoint
 _BETTER = 0.01  # dB from which on a table is better
 
 
@@ -228,7 +229,12 @@ class Learning:
     def _snapshot(self) -> bytes:
         tensors = self._state() | {f"best.{name}": value for name, value in self._best.items()}
         now = self.progress
-        told: dict[str, Any] = {"start": now.start.to_json(), "best": now.best.to_json(), "best_db": now.best_db}
+        told: dict[str, Any] = {
+            "format": _FORMAT,
+            "start": now.start.to_json(),
+            "best": now.best.to_json(),
+            "best_db": now.best_db,
+        }
         told |= {name: getattr(now, name) for name in ("step", "round", "worse", "backs", "looks", "over")}
         return save(tensors, {"now": json.dumps(told)})
 
@@ -239,9 +245,11 @@ class Learning:
         try:
             with safe_open(self.file, "pt") as opened:
                 told = json.loads(opened.metadata()["now"])
+                if told.pop("format") != _FORMAT:
+                    raise ValueError
                 tensors = {name: opened.get_tensor(name) for name in list(opened.keys())}
         except (SafetensorError, KeyError, TypeError, ValueError):
-            self.told(f"{self.file}: damaged; begun anew")
+            self.told(f"{self.file}: damaged, or of another version; begun anew")
             return False
         start, best = (Table.from_json(told.pop(name), str(self.file)) for name in ("start", "best"))
         self.progress = Progress(start, best, **told)

@@ -53,6 +53,7 @@ Told = Callable[[str], None]  # one line of news
 
 VALIDATION_SEED = 7_000_000  # of the first validation picture's noise
 TRAINING_SEED = 20_000_000  # of the first training picture's
+HALVINGS = 20  # of the way that a step is cut back to
 ADAPTED = 1.5  # times the learning rate at most, from one iteration to the next
 LOG, CHECKPOINT = "log.jsonl", "checkpoint.safetensors"  # in the work folder
 PARAMETERS = ("r", "w", "scale_dir", "scale_time")  # of a table, what a policy changes
@@ -167,8 +168,12 @@ class Training:
 
     def _improve(self, draw: Draw, old: Tensor, advantage: Tensor) -> dict[str, float]:
         """Steps of the optimiser on what was drawn, until the policy has moved as far as it may."""
-        settings, before, moved = self.settings, _frozen(self.policy), 0.0
+        settings, before, went = self.settings, _frozen(self.policy), 0.0
         start = [value.detach().clone() for value in self.policy.parameters()]
+
+        def moved() -> float:
+            return float(_frozen(self.policy).kl(before).mean())
+
         for _ in range(settings.epochs):
             distribution = self.policy()
             gained, clipped = surrogate(distribution.log_prob(draw), old, advantage, settings.clip)
@@ -177,20 +182,34 @@ class Training:
             (settings.kl * divergence - gained).backward()
             torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
             self.optimiser.step()
-            moved = float(_frozen(self.policy).kl(before).mean())
-            if moved > settings.step:  # so it goes back on that way, as the divergence is square in how far it went
-                self._go_back(start, math.sqrt(settings.step / moved))
+            went = moved()
+            if not went <= settings.step:  # nor where it is not a number
+                self._go_back(start, moved)
                 break
-        line: dict[str, float] = {"moved": min(moved, settings.step), "rate": self.rate, "clipped": float(clipped)}
+        line: dict[str, float] = {"moved": moved(), "rate": self.rate, "clipped": float(clipped)}
         line["kl"] = float(_frozen(self.policy).kl(self.reference).mean())
-        self.rate *= min(max(math.sqrt(settings.step / max(moved, 1e-300)), 1 / ADAPTED), ADAPTED)
+        if advantage.any():  # else there was no way to go
+            wanted = math.sqrt(settings.step / max(went, 1e-300)) if math.isfinite(went) else 0.0
+            self.rate *= min(max(wanted, 1 / ADAPTED), ADAPTED)
         return line
 
-    def _go_back(self, start: Sequence[Tensor], share: float) -> None:
-        """The policy at a share of the way from its parameters at the start to those now."""
-        with torch.no_grad():
-            for now, then in zip(self.policy.parameters(), start, strict=True):
-                now.copy_(then + share * (now - then))
+    def _go_back(self, start: Sequence[Tensor], moved: Callable[[], float]) -> None:
+        """The policy where, on the way from its parameters at the start to those now, it has moved as far as it may."""
+        end = [value.detach().clone() for value in self.policy.parameters()]
+
+        def go(share: float) -> None:
+            with torch.no_grad():
+                for value, first, last in zip(self.policy.parameters(), start, end, strict=True):
+                    value.copy_(first + share * (last - first) if share else first)
+
+        near, far = 0.0, 1.0
+        for _ in range(HALVINGS):
+            go((near + far) / 2)
+            if moved() <= self.settings.step:
+                near = (near + far) / 2
+            else:
+                far = (near + far) / 2
+        go(near)
 
     @property
     def rate(self) -> float:

@@ -356,3 +356,22 @@ def test_nan_beside_the_steps_names_the_stage(tmp_path, component, stage):
     onnx.save(model, file)
     with pytest.raises(NotFiniteError, match=rf"{component}: NaN .*--dtype fp32 \(while {stage}\)"):
         Pipeline.from_pretrained(folder)("red", seed=1, num_inference_steps=2)
+
+
+@pytest.mark.parametrize(
+    "asked", [{"threads": -1}, {"threads": 2, "low_memory": True}, {"threads": 1, "provider": "cpu,cpu"}]
+)
+def test_threads_that_cannot_be(bundles, asked):
+    with pytest.raises(RequestError, match="threads are 0 or more, for one provider without low_memory"):
+        Pipeline.from_pretrained(bundles["sd3"], **asked)
+
+
+def test_as_many_threads_as_asked_draw_the_same(bundles):
+    drawn = [
+        Pipeline.from_pretrained(bundles["sd3"], threads=threads)(
+            "red", seed=1, num_inference_steps=2, output_type="np"
+        )
+        for threads in (0, 1)
+    ]
+    assert Pipeline.from_pretrained(bundles["sd3"], threads=1)._options["session_options"].intra_op_num_threads == 1
+    np.testing.assert_array_equal(drawn[0].images, drawn[1].images)

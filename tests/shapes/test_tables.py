@@ -43,6 +43,14 @@ def test_shipping_half_of_them_is_refused(tmp_path, capsys):
     assert {file: file.read_bytes() for file in SHIPPED.glob("shapes-*.json")} == before
 
 
+def test_tables_of_another_recipe_are_not_mixed_in(tmp_path, capsys, monkeypatch):
+    tables.check_recipe(tmp_path)
+    tables.check_recipe(tmp_path)
+    monkeypatch.setattr(tables, "CANDIDATES", 3)
+    assert tables.main(["sd3", "--work", str(tmp_path)]) == 2
+    assert "made by another recipe, recipe.json there; give another --work" in capsys.readouterr().err
+
+
 def test_a_command_that_fails_is_told_in_a_line(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(tables, "command", lambda *_: ["runtime", "fit", "nowhere"])
     (tmp_path / "shapes-sd3").mkdir()

@@ -12,6 +12,7 @@ import torch
 
 import epd
 from benchmarks.__main__ import main as benchmarks
+from benchmarks.bench import Drawing
 from epd.train.__main__ import main
 from epd.train.cluster import spread
 from epd.train.optimise import read_log
@@ -135,7 +136,16 @@ def test_the_pictures_that_are_judged_are_those_drawn_here(tmp_path, capsys):
         found[name] = json.loads(capsys.readouterr().out)
         if name == "here":
             next((tmp_path / "work").glob("*-4-6.npz")).unlink()
+    more = ["--teacher", str(bundle), "--ray", "local"]
+    assert benchmarks([*asked, *more]) == 0
+    found["taught"] = json.loads(capsys.readouterr().out)
     for result in found.values():
         for row in result["rows"]:
             row["seconds"] = None
-    assert found["here"]["rows"] == found["there"]["rows"] == found["kept"]["rows"]
+    assert found["here"]["rows"] == found["there"]["rows"] == found["kept"]["rows"] == found["taught"]["rows"]
+
+
+def test_another_bundle_on_a_machine_of_the_cluster_is_refused(tmp_path):
+    bundle = tiny_bundle.bundle(tmp_path / "bundle", "sd3", size=32)
+    with pytest.raises(RequestError, match="another bundle on a machine of the cluster"):
+        Drawing(str(bundle), "cpu", ("red",), 4.0, 1, 1, 0, "that of another").open()

@@ -129,6 +129,27 @@ def test_an_interrupted_run_goes_on_with_the_same_numbers(flow, fitted, tmp_path
     assert again.run().to_json() == expected.to_json()
 
 
+def test_what_it_goes_back_to_is_the_best_of_before_the_interruption(flow, fitted, tmp_path):
+    recipe = Recipe(steps=16, every=1, patience=9, rate=0.5, linear_rate=0.05)
+    whole = Learning(recipe, fitted, *flow, tmp_path / "whole")
+    expected, looks = whole.run(), [decibels for _, _, decibels in whole.progress.looks]
+    better = [decibels > max(looks[:i]) for i, decibels in enumerate(looks) if i]
+    stop = better.index(True) + 1
+    assert False in better[stop:-1]  # a worse one follows, and learning goes on from the best
+    with pytest.raises(KeyboardInterrupt):
+        Learning(recipe, fitted, *flow, tmp_path / "part", ticked=Stopped(stop)).run()
+    assert Learning(recipe, fitted, *flow, tmp_path / "part").run().to_json() == expected.to_json()
+
+
+def test_a_checkpoint_of_another_version_is_told_and_begun_anew(flow, fitted, tmp_path, monkeypatch):
+    recipe, told = Recipe(steps=2, every=1), []
+    monkeypatch.setattr("epd.train.learning._FORMAT", 1)
+    expected = Learning(recipe, fitted, *flow, tmp_path / "a").run()
+    monkeypatch.undo()
+    assert Learning(recipe, fitted, *flow, tmp_path / "a", told.append).run().to_json() == expected.to_json()
+    assert "another version; begun anew" in told[0]
+
+
 def test_a_damaged_checkpoint_is_told_and_begun_anew(flow, fitted, tmp_path):
     recipe, told = Recipe(steps=2, every=1), []
     expected = Learning(recipe, fitted, *flow, tmp_path / "a").run()

@@ -135,7 +135,7 @@ class Bench:
         names = sorted(missing, key=lambda name: missing[name][0].start)  # so that prompts are encoded once
         job = Drawing(
             str(self.pipe.bundle.folder.absolute()), self.pipe.provider, tuple(self.prompts[:: self.seeds]),
-            self.guidance, self._batch, self.seeds, self.noise_seed, self.pipe.bundle.fingerprint(),
+            self.guidance, self._batch, self.seeds, self.noise_seed, self.pipe.identity(),
         )  # fmt: skip
         found = spread(job, [missing[name] for name in names], address)
         for done, (name, made) in enumerate(zip(names, found, strict=True), 1):
@@ -213,17 +213,16 @@ class Drawing:
     batch: int
     seeds: int
     noise_seed: int
-    fingerprint: str | None  # of the bundle; None: it does not tell
+    identity: str  # of the weights
     threads: int = 1
 
     def open(self) -> Callable[[tuple[slice, Attempt]], dict[str, NDArray[Any]]]:
         """Raises RequestError where the bundle is another one here."""
-        from runtime.errors import RequestError
+        from epd.train.cluster import same_everywhere
         from runtime.pipeline import Pipeline
 
         pipe = Pipeline.from_pretrained(self.model, provider=self.provider, threads=self.threads)
-        if pipe.bundle.fingerprint() != self.fingerprint:
-            raise RequestError(f"{self.model}: another bundle on a machine of the cluster; copy this one there")
+        same_everywhere(self.model, pipe.identity(), self.identity)
         bench = Bench(pipe, self.prompts, self.guidance, self.batch, None, self.seeds, self.noise_seed)
         return lambda task: bench.part(task[1], task[0])
 

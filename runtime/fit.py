@@ -178,13 +178,13 @@ class Fitting:
     def _asked(self, intervals: int) -> int:
         """Points of all candidates but those that are remembered, if the first of them remained the best."""
         order = self.order
+        every = order.candidates * intervals * order.directions
         first = starts(self.pipe.bundle.facts, intervals, order.directions)[: order.candidates]
         around = itertools.islice(itertools.cycle(moves(first[0])), order.candidates - len(first))
         points = intervals * order.directions * sum(len(g.seeds) for g in self.groups if g.role != "judge")
-        kept = 8 * points * math.prod(self.shape) <= _KNOWN  # of a candidate
-        shared = sum(first[0].begins_as(each) for each in around) if kept else 0
-        fresh = order.candidates * intervals - shared
-        return 1 + fresh * order.directions
+        if 8 * points * math.prod(self.shape) > _KNOWN:  # a candidate's answers
+            return every + order.candidates + intervals * order.directions + 1  # the best one once more, at the end
+        return 1 + every - order.directions * sum(first[0].begins_as(each) for each in around)
 
     def _start(self, group: Group) -> Array:
         """States at the first time, (B, C, h, w): the noise of the group's seeds."""
@@ -297,14 +297,17 @@ def remembering(slope: Slope) -> Slope:
     known: OrderedDict[bytes, Array] = OrderedDict()
 
     def asked(points: epd.Points) -> Array:
-        key = hashlib.blake2b(np.concatenate([points.t, points.x.ravel()]).tobytes()).digest()
-        if key not in known:
-            known[key] = np.asarray(slope(points))
-            known[key].flags.writeable = False
-            while sum(answer.nbytes for answer in known.values()) > _KNOWN and len(known) > 1:
-                known.popitem(last=False)
-        known.move_to_end(key)
-        return known[key]
+        digest = hashlib.blake2b(np.ascontiguousarray(points.t).data)
+        digest.update(np.ascontiguousarray(points.x).data)
+        key = digest.digest()
+        if key in known:
+            known.move_to_end(key)
+            return known[key]
+        answer = known[key] = np.asarray(slope(points))
+        answer.flags.writeable = False
+        while sum(each.nbytes for each in known.values()) > _KNOWN:
+            known.popitem(last=False)
+        return answer
 
     return asked
 

@@ -96,12 +96,18 @@ def make(family: str, work: Path) -> None:
 
 
 def check_recipe(work: Path) -> None:
-    """RequestError where the folder's tables were made by another recipe; else it is written there."""
+    """RequestError where the folder's tables were made by another recipe, or by none that is known.
+
+    In a folder without tables it is written.
+    """
     recipe = {"learn": LEARN, "teacher calls": TEACHER_CALLS, "trajectories": TRAJECTORIES}
     text, file = json.dumps(recipe | {"candidates": CANDIDATES, "steps": STEPS}, indent=1), work / "recipe.json"
-    if file.exists() and file.read_text(encoding="utf-8") != text:
+    if file.exists() or any(work.glob("shapes-*-calls*.json")):
+        known = file.read_text(encoding="utf-8") if file.exists() else ""
+    else:
+        file.write_text(known := text, encoding="utf-8")
+    if known != text:
         raise RequestError(f"{work}: its tables were made by another recipe, {file.name} there; give another --work")
-    file.write_text(text, encoding="utf-8")
 
 
 def write_captions(work: Path) -> None:
@@ -156,7 +162,7 @@ def _validated(family: str, work: Path, files: Sequence[Path]) -> dict[str, Tabl
 
 
 def better_than_fitted(name: str, tables: Mapping[str, Table]) -> bool:
-    """False for a distilled table that is no closer than the fitted one it began with."""
+    """False for a distilled table that is no closer than the fitted one of as many calls and directions."""
     table, start = tables[name], tables.get(name.replace("-distilled-", "-fitted-"))
     if start is None or start is table:
         return True

@@ -70,6 +70,12 @@ def spread(job: Job, tasks: Sequence[Any], address: str) -> Iterator[Any]:
         raise RequestError(f"--ray {address}: {told:.200}; the same command goes on") from None
 
 
+def same_everywhere(model: str, here: str, wanted: str) -> None:
+    """RequestError where a worker's model is not that of whom it works for."""
+    if here != wanted:
+        raise RequestError(f"{model}: another model on a machine of the cluster; copy this one there")
+
+
 def connected(address: str) -> Any:
     """The module ray, once it is connected; RequestError where it cannot be."""
     try:

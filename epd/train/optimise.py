@@ -174,7 +174,8 @@ class Training:
         def moved() -> float:
             return float(_frozen(self.policy).kl(before).mean())
 
-        for _ in range(settings.epochs):
+        clipped = torch.zeros(())
+        for _ in range(settings.epochs if advantage.any() or settings.kl else 0):  # else only momentum would move it
             distribution = self.policy()
             gained, clipped = surrogate(distribution.log_prob(draw), old, advantage, settings.clip)
             divergence = distribution.kl(self.reference).mean()

@@ -26,6 +26,7 @@ from runtime.noise import randn
 from runtime.tables import check_table, differences
 
 from . import rewards
+from .cluster import same_everywhere
 
 log = logging.getLogger(__name__)
 PROMPTS = 16  # whose encodings are kept
@@ -126,6 +127,7 @@ class Recipe:
     reference_calls: int = 60  # of a converged picture
     abreast: int = 0  # tables in one batch of the network at most; 0: all of a rollout
     threads: int = 0  # of a rollout; 0: the library's own choice
+    network: str = ""  # what it has to be, see `Network.identity`; empty: any
 
     def open(self) -> Stage:
         """Loads the model and the rewards.
@@ -136,11 +138,16 @@ class Recipe:
         """
         parts = rewards.load(self.reward, {name: Path(path) for name, path in self.reward_models})
         network = self._torch() if self.backend == "torch" else self._onnx()
+        same_everywhere(self.model, network.identity(), self.network or network.identity())
         return Stage(network, parts, self.reference_calls, self.abreast)
 
     def identity(self) -> dict[str, Any]:
         """What the numbers of a rollout depend on, beside the model's weights."""
-        return {name: value for name, value in asdict(self).items() if name not in ("model", "abreast", "threads")}
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in ("model", "abreast", "threads", "network")
+        }
 
     def _onnx(self) -> Network:
         from runtime.pipeline import Pipeline

@@ -84,7 +84,8 @@ def _score(address: str | None, recipe: Recipe, stage: Stage) -> Score:
     if address is None:
         return lambda rollouts: map(stage, rollouts)
     connected(address)
-    return lambda rollouts: spread(recipe, rollouts, address)
+    job = replace(recipe, network=stage.network.identity())
+    return lambda rollouts: spread(job, rollouts, address)
 
 
 def _recipe(options: argparse.Namespace, table: epd.Table) -> Recipe:

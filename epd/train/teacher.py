@@ -31,7 +31,7 @@ from ..schedule import Floats
 from ..solve import Points, Slope, Solver
 from ..solvers import dpm2, heun, unipc
 from ..table import write_whole
-from .cluster import spread
+from .cluster import same_everywhere, spread
 from .model import Model, load
 
 TEACHERS: dict[str, Callable[..., Solver]] = {
@@ -125,9 +125,9 @@ class Taught:
             The cluster is not reached, or its workers died again and again: what they had made is kept.
         """
         missing = [group for group in groups if self._kept(group) is None]
-        answers = spread(
-            Teaching(str(self.model.folder.absolute()), tuple(self.times.tolist()), self.method), missing, address
-        )
+        model = self.model
+        job = Teaching(str(model.folder.absolute()), tuple(self.times.tolist()), self.method, model.fingerprint)
+        answers = spread(job, missing, address)
         for group, found in zip(missing, answers, strict=True):
             self._keep(group, found)
             self.ticked(self._rows(group))
@@ -164,11 +164,14 @@ class Teaching:
     model: str
     times: tuple[float, ...]
     method: str
+    fingerprint: str  # of the checkpoint
     threads: int = 1
 
     def open(self) -> Callable[[Group], Trajectories]:
+        """Raises RequestError where the checkpoint is another one here."""
         torch.set_num_threads(self.threads)
         model, times = load(self.model), np.array(self.times)
+        same_everywhere(self.model, model.fingerprint, self.fingerprint)
         return lambda group: trajectories(model, group, times, self.method)
 
 

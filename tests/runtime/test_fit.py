@@ -101,9 +101,11 @@ def test_no_prompt_and_no_seed_has_two_roles(bundle, tmp_path):
     assert {g.guidance for g in groups if g.role == "learn"} == {1.0, 3.0}
 
 
-def test_the_prediction_is_about_what_is_done(bundle, tmp_path):
-    done = []
-    fitting = Fitting(Pipeline.from_pretrained(bundle), Order(**SMALL), tmp_path, ticked=done.append)
+@pytest.mark.parametrize(("candidates", "held"), [(3, 1 << 28), (14, 1 << 28), (14, 0)])
+def test_the_prediction_is_about_what_is_done(bundle, tmp_path, monkeypatch, candidates, held):
+    monkeypatch.setattr("runtime.fit._KNOWN", held)
+    done, order = [], Order(**SMALL | {"candidates": candidates})
+    fitting = Fitting(Pipeline.from_pretrained(bundle), order, tmp_path, ticked=done.append)
     rows, seconds, size = fitting.predict()
     assert sum(done) == 0
     assert seconds > 0

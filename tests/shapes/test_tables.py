@@ -49,6 +49,9 @@ def test_tables_of_another_recipe_are_not_mixed_in(tmp_path, capsys, monkeypatch
     monkeypatch.setattr(tables, "CANDIDATES", 3)
     assert tables.main(["sd3", "--work", str(tmp_path)]) == 2
     assert "made by another recipe, recipe.json there; give another --work" in capsys.readouterr().err
+    (tmp_path / "recipe.json").rename(tmp_path / "shapes-sd3-fitted-k1-calls4.json")
+    assert tables.main(["sd3", "--work", str(tmp_path)]) == 2  # of a time when it was not told
+    assert not (tmp_path / "recipe.json").exists()
 
 
 def test_a_command_that_fails_is_told_in_a_line(tmp_path, capfd, monkeypatch):

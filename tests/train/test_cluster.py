@@ -16,6 +16,7 @@ from benchmarks.bench import Drawing
 from epd.train.__main__ import main
 from epd.train.cluster import spread
 from epd.train.optimise import read_log
+from epd.train.rollout import Recipe
 from runtime.errors import RequestError
 from tests.runtime import tiny_bundle
 
@@ -147,5 +148,7 @@ def test_the_pictures_that_are_judged_are_those_drawn_here(tmp_path, capsys):
 
 def test_another_bundle_on_a_machine_of_the_cluster_is_refused(tmp_path):
     bundle = tiny_bundle.bundle(tmp_path / "bundle", "sd3", size=32)
-    with pytest.raises(RequestError, match="another bundle on a machine of the cluster"):
+    with pytest.raises(RequestError, match="another model on a machine of the cluster"):
         Drawing(str(bundle), "cpu", ("red",), 4.0, 1, 1, 0, "that of another").open()
+    with pytest.raises(RequestError, match="another model on a machine of the cluster"):
+        Recipe(str(bundle), "psnr", network="that of another").open()

@@ -110,12 +110,21 @@ def test_a_policy_moves_as_far_as_it_is_asked_to_whatever_the_rate(tmp_path, rat
 
 
 def test_iterations_that_tell_nothing_change_nothing(tmp_path):
-    def equal(rollouts):
-        return (np.ones((len(rollout.tables), 1)) for rollout in rollouts)
+    """Not by the momentum of earlier ones either."""
+    told = [True]
 
-    learning = training(tmp_path, replace(QUICK, iterations=40), equal)
-    assert learning.run().to_json()["r"] == learning.first.to_json()["r"]
-    assert {line["rate"] for line in read_log(tmp_path)[1:]} == {QUICK.rate}
+    def some(rollouts):
+        return toy(rollouts) if told[0] else (np.ones((len(rollout.tables), 1)) for rollout in rollouts)
+
+    learning = training(tmp_path, replace(QUICK, iterations=40, every=40), some)
+    for number in range(6):
+        told[0] = number < 3
+        before = [value.clone() for value in learning.policy.parameters()]
+        rate = learning.rate
+        learning._iterate()
+        same = [torch.equal(*pair) for pair in zip(before, learning.policy.parameters(), strict=True)]
+        assert all(same) != told[0]
+        assert (learning.rate == rate) != told[0]
 
 
 def training(work, settings=QUICK, score=toy, table=START, prompts=PROMPTS):

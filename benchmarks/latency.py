@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 import epd
+from runtime.costs import predicted
 from runtime.memory import peak_rss_bytes
 from runtime.plan import Plan
 from runtime.profiles import Others, timing
@@ -98,6 +99,7 @@ class Latency:
     predicted_rss_bytes: int | None  # as `generate --json` tells
     peak_rss_bytes: int | None
     import_seconds: float  # of this program and ONNX Runtime, in a process of its own
+    predicted_seconds: float | None  # as `plan` tells, by what `scaling` measured before; None: it did not
     first: Run
     runs: tuple[Run, ...]
     others: float | None  # share of the processors that other programs took during the runs
@@ -212,6 +214,7 @@ def measure(pipe: Pipeline, plan: Plan, runs: int, warmup: int, progress: Callab
         predicted_rss_bytes=report.predicted_rss_bytes,
         peak_rss_bytes=peak_rss_bytes(),
         import_seconds=imported,
+        predicted_seconds=predicted(pipe, plan, report.directions),
         first=first,
         runs=tuple(timed),
         others=others.share(),

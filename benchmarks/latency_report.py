@@ -89,6 +89,7 @@ def _details(result: Latency, told: Mapping[str, Any]) -> list[str]:
         f"{result.guided_forwards} guided forwards; rows per call: {rows}; directions run as {result.way}",
         "overhead (neither loading nor inside ONNX Runtime): "
         + ("not known where calls of one session run at once" if share is None else f"{share:.1%} of a picture"),
+        _predicted(result.predicted_seconds, told["picture"]["median"]),
         f"drift of the calls, second half of the runs against the first: {moved}",
         f"peak memory {megabytes(result.peak_rss_bytes)}, predicted {megabytes(result.predicted_rss_bytes)}"
         + (" (--low-memory)" if result.low_memory else ""),
@@ -99,6 +100,12 @@ def _details(result: Latency, told: Mapping[str, Any]) -> list[str]:
         *result.machine.lines(),
         company(result.others),
     ]
+
+
+def _predicted(seconds: float | None, median: float) -> str:
+    if seconds is None:
+        return "what `plan` predicts: nothing; `python -m benchmarks scaling MODEL` measures what it needs"
+    return f"what `plan` predicts, by an earlier `scaling`: {seconds:.4g} s, {seconds / median:.2f} of the median"
 
 
 def _range(one: Mapping[str, float]) -> str:

@@ -1,8 +1,8 @@
 """What a drawing takes on a device, from what its calls take: the requests of a solver, in rows, times their costs.
 
-The costs are one sitting of a profile (`runtime.profiles`): calls of several row counts, calls at once, and the two
-ends of a drawing, encoding and decoding. The backbone and the decoder are loaded; the text encoders are loaded for
-every drawing, as they are released after it: that is a part of it. Knows nothing of quality.
+The costs are one sitting of a profile (`runtime.profiles`): calls of several row counts, calls at once, a whole drawing
+in one call, and a decoding. The backbone and the decoder are loaded; the text encoders are loaded for every drawing, as
+they are released in it: that is a part of it. Knows nothing of quality.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from epd.solve import Solver
 
 from .directions import Directions
 from .profiles import Timings
-from .text import conditioning
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
     from .plan import Plan
 
 Requests = Sequence[tuple[int, ...]]  # of a drawing of one image: for every request the rows of each of its points
-ENCODE, DECODE = "encode", "decode"  # tasks of a profile, beside those that `runtime.directions` names
+PICTURE, DECODE = "a picture in one call", "decode"  # tasks of a profile, beside those that `runtime.directions` names
 _CALL = re.compile(r"(\d+) rows?")
 _AT_ONCE = re.compile(r"(\d+) calls of (\d+) rows? at once")
 
@@ -37,7 +36,7 @@ class Costs:
 
     rows: Mapping[int, float]  # rows -> one call of so many
     at_once: Mapping[int, float]  # K -> K calls at once, as a share of what they take in turn
-    encode: float  # one prompt and its negative, text encoders loaded and released
+    encode: float  # all of a drawing beside its calls and decoding: most is the text encoders, loaded and released
     decode: float  # one image
 
     def call(self, rows: int) -> float | None:
@@ -67,27 +66,38 @@ class Costs:
 
 
 def costs(sittings: Sequence[Timings], rows: int) -> Costs | None:
-    """Of the sitting that has both ends, calls of `rows` (those of one guided point) and the most others, the newest of
+    """Of the sitting that has a drawing, calls of `rows` (those of one guided point) and the most others, the newest of
     these; None: there is none."""
     for sitting in sorted(sittings, key=len, reverse=True):
         calls = {int(m[1]): sitting[name].seconds for name in sitting if (m := _CALL.fullmatch(name))}
-        if {ENCODE, DECODE} <= sitting.keys() and rows in calls:
+        if {PICTURE, DECODE} <= sitting.keys() and rows in calls:
             at_once = [(m, sitting[name].seconds) for name in sitting if (m := _AT_ONCE.fullmatch(name))]
             shares = {
                 int(m[1]): seconds / (int(m[1]) * calls[int(m[2])]) for m, seconds in at_once if int(m[2]) in calls
             }
-            return Costs(calls, shares, sitting[ENCODE].seconds, sitting[DECODE].seconds)
+            decode = sitting[DECODE].seconds
+            return Costs(calls, shares, max(sitting[PICTURE].seconds - calls[rows] - decode, 0.0), decode)
     return None
 
 
 def ends(pipe: Pipeline, plan: Plan) -> dict[str, Callable[[], object]]:
-    """The tasks of a profile beside the backbone's calls: name -> doing it."""
-    prompts = ["", ""] if plan.guided else [""]
+    """The tasks of a profile beside the backbone's calls, those of one image: name -> doing it."""
     latents = np.zeros((1, *plan.latent_shape))
     return {
-        ENCODE: lambda: conditioning(pipe.bundle, pipe._session, prompts),
+        PICTURE: lambda: pipe(plan.prompt, seed=0, solver="euler", num_inference_steps=1),
         DECODE: lambda: pipe.decode(latents),
     }
+
+
+def requests_of(plan: Plan) -> Requests:
+    """Of a drawing of a plan, of one image."""
+    return requests(plan.coroutine(np.zeros_like), 2 if plan.guided else 1, plan.guidance_interval)
+
+
+def predicted(pipe: Pipeline, plan: Plan, way: Directions) -> float | None:
+    """Seconds of a plan's drawing, everything loaded, by the costs that are kept of this device; None: not known."""
+    known = costs(pipe.profile(plan).sittings, 2 if plan.guided else 1)
+    return None if known is None else known.drawing(requests_of(plan), way, len(plan.seeds))
 
 
 def times_of(solver: Solver) -> list[tuple[float, ...]]:

@@ -18,7 +18,7 @@ import numpy as np
 import epd
 from epd.solvers import METHODS
 
-from .costs import Costs, Requests, costs, requests
+from .costs import Costs, Requests, costs, requests_of
 from .directions import Directions
 from .errors import RequestError
 from .figures import Figure, Figures, digest, of_bundle
@@ -153,8 +153,7 @@ def candidates(pipe: Pipeline, figures: Figures, known: Costs, images: int = 1) 
             0, 0, 0, psnr, basis, math.inf,
         )  # fmt: skip
         plan = pipe.plan("", **draft.asked)
-        asked = requests(plan.coroutine(np.zeros_like), 2 if plan.guided else 1, plan.guidance_interval)
-        if (done := _timed(draft, plan, asked, known, images, batches)) is not None:
+        if (done := _timed(draft, plan, requests_of(plan), known, images, batches)) is not None:
             found.append(done)
         else:
             widest = max(widest, plan.directions * images)

@@ -30,6 +30,7 @@ Clock = Callable[[], float]  # seconds, of any origin
 Tasks = Mapping[str, Callable[[], object]]  # what is done, in words -> doing it
 
 RUNS = 5  # timed, of everything that is measured; the first one more does not count
+TURN, MOST = 0.05, 8  # seconds that a task has in each turn, and the times that it is done then
 BUSY = 1.5  # upper over lower quartile of a task's runs, above which the machine was busy with something else, too
 OTHERS = 0.25  # of the processors, above which other programs were in the way
 _FORMAT = 2
@@ -61,16 +62,26 @@ def timing(runs: Collection[float]) -> Timing:
 
 
 def measure(tasks: Tasks, clock: Clock, runs: int = RUNS) -> Timings:
-    """What each task takes in `runs` of it, the tasks taking turns, after one of each that does not count."""
+    """What each task takes in `runs` of it, the tasks taking turns, after one of each that does not count.
+
+    A run is the mean of as many of a task in a row as TURN has room for, at most MOST: a drawing, too, makes its
+    calls in a row, and a short call after one of another shape is dearer than after its like.
+    """
     for task in tasks.values():
         task()
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in range(runs):
         for name, task in tasks.items():
-            started = clock()
-            task()
-            seconds[name].append(clock() - started)
+            seconds[name].append(_turn(task, clock))
     return {name: timing(taken) for name, taken in seconds.items()}
+
+
+def _turn(task: Callable[[], object], clock: Clock) -> float:
+    started, done, taken = clock(), 0, 0.0
+    while done == 0 or (taken < TURN and done < MOST):
+        task()
+        done, taken = done + 1, clock() - started
+    return taken / done
 
 
 class Others:

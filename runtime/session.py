@@ -457,6 +457,8 @@ def default_options(ort: ModuleType, row: Provider, threads: int = 0) -> Any:
     options.intra_op_num_threads = threads
     if row is CPU:  # a plan for each row count is new memory, kept; reuse ties tensors that could go
         options.enable_mem_pattern = options.enable_mem_reuse = False
+        # Threads of a session that wait busily after its run, for some 50 ms, slow down the next session's.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
 
 

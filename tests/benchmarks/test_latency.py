@@ -13,6 +13,7 @@ from benchmarks import latency
 from benchmarks.__main__ import main
 from benchmarks.latency_report import markdown
 from runtime.pipeline import Pipeline
+from runtime.profiles import Timing
 
 pytestmark = pytest.mark.usefixtures("cache")
 DRAWING = {"solver": "epd", "k": 3, "num_inference_steps": 3, "num_images_per_prompt": 2, "seed": 4}
@@ -78,6 +79,20 @@ def test_watching_changes_nothing(measured, bundles):
     assert measured.same
     assert measured.finite
     assert f"output finite, the same in every run: SHA-256 {expected}" in markdown(measured)
+
+
+def test_what_plan_predicts_is_told_beside_the_median(measured, bundles, monkeypatch, tmp_path):
+    """0.5 s beside the calls, 3 of 3 s and 3 of 6 s."""
+    assert measured.predicted_seconds is None
+    assert "what `plan` predicts: nothing; `python -m benchmarks scaling MODEL` measures" in markdown(measured)
+    monkeypatch.setenv("EPD_CACHE", str(tmp_path))
+    pipe = Pipeline.from_pretrained(bundles["sd3"])
+    plan = pipe.plan("red", solver="epd", num_inference_steps=3, k=2)
+    taken = {"2 rows": 3.0, "4 rows": 6.0, "a picture in one call": 4.0, "decode": 0.5}
+    pipe.profile(plan).sittings = [{name: Timing(seconds, seconds, seconds) for name, seconds in taken.items()}]
+    result = latency.measure(pipe, plan, 3, 1)
+    assert result.predicted_seconds == 0.5 + 3 * 3 + 3 * 6 + 0.5
+    assert f"28 s, {28 / result.summary()['picture']['median']:.2f} of the median" in markdown(result)
 
 
 def test_what_is_wrong_is_told(measured):

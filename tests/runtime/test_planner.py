@@ -354,12 +354,13 @@ def test_the_table_holds_the_choice_and_what_more_time_would_buy(models):
     assert lines[-1] == "- a note"
 
 
-def test_the_newest_sitting_that_knows_both_ends():
+def test_the_newest_sitting_that_knows_a_whole_drawing():
     one = Timing(1.0, 1.0, 1.0)
     without = {"2 rows": one, "4 rows": one}
-    whole = {"2 rows": one, "1 row": one, "2 calls of 2 rows at once": one, "encode": one, "decode": one}
+    whole = {"2 rows": one, "1 row": one, "2 calls of 2 rows at once": one, "decode": one}
+    whole["a picture in one call"] = Timing(5.0, 5.0, 5.0)
     assert costs([without], 2) is None
-    assert costs([without, whole], 2) == Costs({2: 1.0, 1: 1.0}, {2: 0.5}, 1.0, 1.0)
+    assert costs([without, whole], 2) == Costs({2: 1.0, 1: 1.0}, {2: 0.5}, 3.0, 1.0)
     assert costs([whole], 4) is None
     assert costs([{**without, "2 rows": one}, whole], 2) == costs([whole], 2)  # a newer one that knows less
     assert costs([{**whole, "9 rows on DmlExecutionProvider 1": one}], 2) == costs([whole], 2)  # of another device

@@ -49,6 +49,16 @@ def test_the_median_after_a_warm_up_in_turns():
     assert clock.done == ["a", "b"] * 6
 
 
+def test_a_short_task_is_done_several_times_in_a_turn():
+    """As a drawing makes its calls, in a row; what counts is their mean."""
+    clock = Clock()
+    tasks = {"short": clock.task("short", 9, 0.03, 0.01, 0.02), "long": clock.task("long", 9, 1), "none": lambda: None}
+    short, long, none = measure(tasks, clock, 2).values()
+    assert short == pytest.approx((0.02, 0.02, 0.02))  # (30 + 10 + 20) / 3 ms, then 20 ms three times
+    assert (long, none) == ((1, 1, 1), (0, 0, 0))
+    assert clock.done == ["short", "long"] + (["short"] * 3 + ["long"]) * 2
+
+
 def test_busy_is_told_by_the_quartiles_not_by_one_slow_run():
     assert not timing([1, 1.1, 1.2, 1.3, 9]).busy
     assert not timing([1, 1, 1, BUSY, BUSY]).busy

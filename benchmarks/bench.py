@@ -145,8 +145,7 @@ class Bench:
     def _parts(self, attempt: Attempt, most: int | None) -> list[slice]:
         """The images of each batch."""
         size = 1 if attempt.kind == "parallel" else self._batch  # in a batch the slowest image would be counted
-        count = len(self.prompts) if most is None else min(most, len(self.prompts))
-        return [slice(i, min(i + size, count)) for i in range(0, count, size)]
+        return slices(len(self.prompts) if most is None else min(most, len(self.prompts)), size)
 
     def kept(self, name: str, make: Callable[[], dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
         """What `make` gives; from the folder `work` where it is known by that name."""
@@ -225,6 +224,11 @@ class Drawing:
         same_everywhere(self.model, pipe.identity(), self.identity)
         bench = Bench(pipe, self.prompts, self.guidance, self.batch, None, self.seeds, self.noise_seed)
         return lambda task: bench.part(task[1], task[0])
+
+
+def slices(count: int, size: int) -> list[slice]:
+    """Of `count` images, `size` of them each, the last perhaps fewer."""
+    return [slice(i, min(i + size, count)) for i in range(0, count, size)]
 
 
 def _name(key: str, images: slice) -> str:

@@ -9,12 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 import epd
 
-from .bench import EVEN, Attempt, Bench
+from .bench import EVEN, Attempt, Bench, slices
 from .bootstrap import Bootstrap, Estimate, Figure
 from .entrants import references
-from .metrics import Judge, Networks, metric
+from .metrics import AT_ONCE, Judge, Networks, metric
 from .seconds import Watch
 
 if TYPE_CHECKING:
@@ -188,8 +190,8 @@ def _agreement(bench: Bench, pair: Sequence[Attempt], latents: Sequence[Any], st
     if not pair:
         return None
     both = min(map(len, latents))
-    one, other = (bench.pictures(end[:both]) for end in latents)
-    agreement = Bootstrap(both // bench.seeds, bench.seeds).mean(psnr(one, other)).figure()
+    each = [psnr(*(bench.pictures(end[images]) for end in latents)) for images in slices(both, AT_ONCE)]
+    agreement = Bootstrap(both // bench.seeds, bench.seeds).mean(np.concatenate(each)).figure()
     if agreement.mean < CONVERGED_DB:
         raise RequestError(
             f"no converged reference: {pair[0].name} and {pair[1].name} agree to {agreement.mean:.1f} dB only, "

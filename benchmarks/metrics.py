@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from runtime.judge import psnr
 
 from . import perceptual
-from .bench import Attempt, Bench, Trajectories, shown
+from .bench import Attempt, Bench, Trajectories, shown, slices
 from .bootstrap import Bootstrap, Estimate
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 Pictures = NDArray[np.float32]  # (B, H, W, 3) in [0, 1]
 
+AT_ONCE = 16  # pictures: those of a large model are large
+KEPT_BYTES = 2**30  # of converged pictures; those beyond are decoded again for every attempt
 RENDER_SEED = 7_000_000  # of the first rendered picture that Frechet distances are taken to
 
 
@@ -77,16 +79,19 @@ class Networks:
 
 @dataclass(frozen=True)
 class Opened:
-    """The networks, ready: pictures (B, H, W, 3) in [0, 1] to (B,) or, of Inception, (B, features)."""
+    """The networks, ready: pictures (B, H, W, 3) in [0, 1] to (B,) or, of Inception, (B, features).
+
+    Rewards are told which of all images their pictures are, too.
+    """
 
     lpips: Callable[[Pictures, Pictures], Array] | None
     inception: Callable[[Pictures], Array] | None
-    rewards: Mapping[str, Callable[[Pictures], Array]]
+    rewards: Mapping[str, Callable[[Pictures, slice], Array]]
     identity: str
 
 
 class Judge:
-    """Takes every metric of an attempt's pictures; what it measured is kept with the bench's results.
+    """Takes every metric of an attempt's pictures, few at once; what it measured is kept with the bench's results.
 
     Parameters
     ----------
@@ -108,9 +113,8 @@ class Judge:
     ) -> None:
         self._bench, self._truth, self._scenes = bench, truth, scenes
         self.bootstrap = Bootstrap(len(bench.prompts) // bench.seeds, bench.seeds)
-        self._pictures = None if truth is None else bench.pictures(truth.latents)
+        self._kept: dict[int, Pictures] = {}  # converged, by the first one's index
         self._identity = f"{source} {networks.identity} {_classifier() if scenes is not None else ''}"
-        target = self._target()
         self._networks = networks
         self._features: dict[str, Callable[[Pictures], NDArray[np.floating]]] = {}
         if scenes is not None:
@@ -119,21 +123,32 @@ class Judge:
             self._features["frechet"] = features
         if networks.inception is not None:
             self._features["inception"] = networks.inception
-        self._real = {} if target is None else {name: of(target) for name, of in self._features.items()}
+        real = [self._real_features(images) for images in slices(len(bench.prompts), AT_ONCE)]
+        self._real = {name: np.concatenate([part[name] for part in real]) for name in real[0]}
 
     @property
     def frechet_to(self) -> str:
         """What Frechet distances are taken to."""
         return "renderings of the same captions" if self._scenes is not None else "the converged pictures"
 
-    def _target(self) -> NDArray[np.float32] | None:
-        """Pictures that Frechet distances are taken to, as many as there are images."""
+    def _real_features(self, images: slice) -> dict[str, NDArray[np.floating]]:
+        """Of what Frechet distances are taken to: of the converged pictures, or as many renderings."""
         if self._scenes is None:
-            return self._pictures
+            return {name: of(self._converged(images)) for name, of in self._features.items() if self._truth is not None}
         from shapes.render import render
 
-        drawn = [np.asarray(render(scene, RENDER_SEED + i)) for i, scene in enumerate(self._scenes)]
-        return np.stack(drawn).astype(np.float32) / 255
+        seeds = range(RENDER_SEED + images.start, RENDER_SEED + images.stop)
+        drawn = [np.asarray(render(scene, seed)) for scene, seed in zip(self._scenes[images], seeds, strict=True)]
+        return {name: of(np.stack(drawn).astype(np.float32) / 255) for name, of in self._features.items()}
+
+    def _converged(self, images: slice) -> Pictures:
+        assert self._truth is not None
+        if images.start in self._kept:
+            return self._kept[images.start]
+        made = self._bench.pictures(self._truth.latents[images])
+        if sum(part.nbytes for part in self._kept.values()) + made.nbytes <= KEPT_BYTES:
+            self._kept[images.start] = made
+        return made
 
     def measure(self, attempt: Attempt, found: Trajectories) -> dict[str, Estimate]:
         """Every metric, in the order of METRICS, rewards last."""
@@ -147,21 +162,25 @@ class Judge:
             for name in names
         }
 
-    def _raw(self, attempt: Attempt, found: Trajectories) -> dict[str, NDArray]:
+    def _raw(self, attempt: Attempt, found: Trajectories) -> dict[str, NDArray[Any]]:
         """Of every image: its value, or its features."""
-        pictures = self._bench.pictures(found.latents)
-        raw: dict[str, NDArray] = {}
-        if self._truth is not None and self._pictures is not None and attempt.kind != "reference":
-            raw["psnr_db"] = psnr(self._pictures, pictures)
-            raw["latent_rmse"] = rmse(found.latents, self._truth.latents)
+        parts = [self._of(attempt, found.latents, images) for images in slices(len(found.latents), AT_ONCE)]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _of(self, attempt: Attempt, latents: NDArray[np.float32], images: slice) -> dict[str, NDArray[Any]]:
+        """The same of some images."""
+        pictures, rewards = self._bench.pictures(latents[images]), self._networks.rewards
+        raw: dict[str, NDArray[Any]] = {}
+        if self._truth is not None and attempt.kind != "reference":
+            converged = self._converged(images)
+            raw["psnr_db"] = psnr(converged, pictures)
+            raw["latent_rmse"] = rmse(latents[images], self._truth.latents[images])
             if self._networks.lpips is not None:
-                raw["lpips"] = self._networks.lpips(pictures, self._pictures)
+                raw["lpips"] = self._networks.lpips(pictures, converged)
         if self._scenes is not None:
-            raw["right"] = shown(pictures, self._scenes)
+            raw["right"] = shown(pictures, self._scenes[images])
         raw |= {name: features(pictures) for name, features in self._features.items() if name in self._real}
-        return raw | {
-            name: checked(name, reward(pictures), len(pictures)) for name, reward in self._networks.rewards.items()
-        }
+        return raw | {name: checked(name, of(pictures, images), len(pictures)) for name, of in rewards.items()}
 
 
 def check_classifier() -> None:

@@ -70,10 +70,10 @@ def inception(file: Path) -> Callable[[Pictures], Array]:
 
 def reward(
     name: str, weights: Path | None, prompts: Sequence[str], size: tuple[int, int]
-) -> Callable[[Pictures], Array]:
-    """One of `epd.train.rewards`: (B,) of pictures (B, H, W, 3) to these prompts (B,), the same ones side by side.
+) -> Callable[[Pictures, slice], Array]:
+    """One of `epd.train.rewards`: (B,) of pictures (B, H, W, 3) and which of all images they are.
 
-    `size`: H, W.
+    `prompts`: of all images, the same ones side by side; `size`: H, W.
     """
     try:
         from epd.train import rewards
@@ -88,9 +88,9 @@ def reward(
     loaded = rewards.load(name, {} if weights is None else {name: weights})
     loaded.check(prompts, size)
 
-    def judge(pictures: Pictures) -> Array:
+    def judge(pictures: Pictures, images: slice) -> Array:
         found, first = [], 0
-        for prompt, group in groupby(prompts):
+        for prompt, group in groupby(prompts[images]):
             end = first + len(list(group))
             found.append(loaded(rewards.Shot(prompt, pictures[first:end], _no_reference))[:, 0])
             first = end

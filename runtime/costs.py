@@ -83,8 +83,9 @@ def costs(sittings: Sequence[Timings], rows: int) -> Costs | None:
 def ends(pipe: Pipeline, plan: Plan) -> dict[str, Callable[[], object]]:
     """The tasks of a profile beside the backbone's calls, those of one image: name -> doing it."""
     latents = np.zeros((1, *plan.latent_shape))
+    single = pipe.plan("", solver="euler", num_inference_steps=1, guidance_scale=plan.guidance)
     return {
-        PICTURE: lambda: pipe(plan.prompt, seed=0, solver="euler", num_inference_steps=1),
+        PICTURE: lambda: pipe.draw(single),
         DECODE: lambda: pipe.decode(latents),
     }
 

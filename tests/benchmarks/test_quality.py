@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import epd
-from benchmarks import comparison, quality
+from benchmarks import comparison, metrics, quality
 from benchmarks.__main__ import main
 from benchmarks.bench import Attempt, Bench, Trajectories
 from benchmarks.entrants import asked, entrants, references
-from benchmarks.metrics import Judge, Networks, check_classifier, checked
+from benchmarks.metrics import Judge, Networks, Opened, check_classifier, checked
 from runtime import figures, profiles
 from runtime.judge import psnr
 from runtime.pipeline import Pipeline
@@ -270,7 +270,7 @@ def test_the_headline(bundles, prompts, tmp_path, capsys, monkeypatch):
     def bright(name, weights, told, size):
         assert (name, weights, size) == ("bright", None, (16, 16))
         asked.append(told)
-        return lambda pictures: pictures.mean((1, 2, 3))
+        return lambda pictures, images: pictures.mean((1, 2, 3))
 
     monkeypatch.setattr("benchmarks.perceptual.reward", bright)
     table = tmp_path / "mine.json"
@@ -305,7 +305,7 @@ def test_the_headline(bundles, prompts, tmp_path, capsys, monkeypatch):
 
 
 def test_a_headline_without_a_table_says_so(bundles, prompts, capsys, caplog, monkeypatch):
-    monkeypatch.setattr("benchmarks.perceptual.reward", lambda *_: lambda pictures: pictures.mean((1, 2, 3)))
+    monkeypatch.setattr("benchmarks.perceptual.reward", lambda *_: lambda pictures, images: pictures.mean((1, 2, 3)))
     command = ["quality", str(bundles["sd3"]), "--preset", "headline", "--prompts", prompts, "--count", "2"]
     assert main([*command, "--reference-steps", "0", "--reward", "bright", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -378,6 +378,30 @@ def test_the_classifier_needs_safetensors(monkeypatch):
         check_classifier()
 
 
+def test_large_pictures_are_judged_few_at_once(bench, monkeypatch):
+    """With as little memory as can be: the same figures."""
+    (first, _), attempt = references(bench, 60), entrants(bench, [3], [], ["euler"])[0]
+    truth, found, told = bench.run(first), bench.run(attempt), Opened(None, None, {"shade": shade}, "")
+    whole = Judge(bench, truth, "", None, told).measure(attempt, found)
+    decoded = []
+    pictures = bench.pictures
+    monkeypatch.setattr(bench, "pictures", lambda latents: decoded.append(len(latents)) or pictures(latents))
+    monkeypatch.setattr(metrics, "AT_ONCE", 2)
+    monkeypatch.setattr(metrics, "KEPT_BYTES", 2 * 16 * 16 * 3 * 4)  # those of the first two
+    judge = Judge(bench, truth, "", None, told)
+    for _ in range(2):
+        parts = judge.measure(attempt, found)
+        assert {name: one.figure() for name, one in parts.items()} == {
+            name: one.figure() for name, one in whole.items()
+        }
+    assert decoded == [2, 2, 1, 1, 2, 1, 1]  # its own and the converged ones, of which only the first are kept
+
+
+def shade(pictures, images):
+    """A reward that has to be told which images these are."""
+    return pictures.mean((1, 2, 3)) * np.arange(1, 4)[images]
+
+
 def test_captions_are_judged_by_what_they_say(monkeypatch):
     """Renderings of the captions themselves are right, and near renderings from other seeds; shuffled ones are not."""
     from shapes.captions import held_out_scenes
@@ -393,7 +417,7 @@ def test_captions_are_judged_by_what_they_say(monkeypatch):
         prompts, seeds = [scene.caption for scene in scenes], 2
 
         def pictures(self, latents):
-            return shown[latents]
+            return latents
 
         def kept(self, name, make):
             return make()
@@ -403,7 +427,7 @@ def test_captions_are_judged_by_what_they_say(monkeypatch):
 
     judge = Judge(Fixed(), None, "", scenes, Networks().open([], (64, 64)))
     attempt = Attempt("x", None, (1.0, 0.0), 1.0, 1.0)
-    found = {name: judge.measure(attempt, Trajectories(name, 1, 1, 1)) for name in shown}
+    found = {name: judge.measure(attempt, Trajectories(pictures, 1, 1, 1)) for name, pictures in shown.items()}
     assert {name: one["right"].value for name, one in found.items()} == {"right": 1, "shuffled": 0}
     assert found["right"]["frechet"].value == pytest.approx(found["shuffled"]["frechet"].value)  # a set has no order
     assert found["right"]["frechet"].value < 1

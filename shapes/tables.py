@@ -35,7 +35,7 @@ SETS = ("learn", "validate")
 VALIDATION_NOISE = 8_000_000  # seed of the first start noise
 TEACHER_CALLS = 160
 TRAJECTORIES = {"fit": 64, "distill": 64}
-CANDIDATES = 60  # designs tried by a fit
+CANDIDATES = {4: 60, 6: 60, 8: 60, 10: 60, 20: 20}  # designs tried by a fit, by sequential calls
 STEPS = {4: 150, 6: 150, 8: 150, 10: 120, 20: 50}  # of the optimiser, by sequential calls
 
 
@@ -69,7 +69,7 @@ def command(family: str, cell: Cell, kind: str, work: Path) -> list[str]:
     bundle, learn = str(work / f"shapes-{family}"), ["--prompts", str(work / "learn.txt"), "-o", file(kind)]
     if kind == "fitted":
         made = ["runtime", "fit", bundle, "--calls", str(cell.calls), "-k", str(cell.directions)]
-        made += ["--candidates", str(CANDIDATES)]
+        made += ["--candidates", str(CANDIDATES[cell.calls])]
     else:
         made = ["epd.train", "distill", f"shapes-{family}", "--steps", str(STEPS[cell.calls])]
         if cell.start == "history":

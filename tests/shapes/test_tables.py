@@ -46,7 +46,7 @@ def test_shipping_half_of_them_is_refused(tmp_path, capsys):
 def test_tables_of_another_recipe_are_not_mixed_in(tmp_path, capsys, monkeypatch):
     tables.check_recipe(tmp_path)
     tables.check_recipe(tmp_path)
-    monkeypatch.setattr(tables, "CANDIDATES", 3)
+    monkeypatch.setattr(tables, "CANDIDATES", dict.fromkeys(tables.CALLS, 3))
     assert tables.main(["sd3", "--work", str(tmp_path)]) == 2
     assert "made by another recipe, recipe.json there; give another --work" in capsys.readouterr().err
     (tmp_path / "recipe.json").rename(tmp_path / "shapes-sd3-fitted-k1-calls4.json")

@@ -15,7 +15,7 @@ import epd
 
 from .bench import EVEN, Attempt, Bench, slices
 from .bootstrap import Bootstrap, Estimate, Figure
-from .entrants import references
+from .entrants import own_solver, references
 from .metrics import AT_ONCE, Judge, Networks, metric
 from .seconds import Watch
 
@@ -57,6 +57,7 @@ class Row:
     baseline: Versus | None  # None: was not run at so many calls
     closest: Versus | None  # of a table: the best training-free solver within its sequential calls
     closest_by_work: Versus | None  # the same within its total evaluations
+    own_solver: Versus | None  # of a table: the model's own solver in its own steps
 
 
 @dataclass(frozen=True)
@@ -166,11 +167,11 @@ def measure(
         ran = bench.run(attempt)
         found.append((attempt, ran, judge.measure(attempt, ran)))
         progress(attempt.name)
-    measured = [(attempt, figures) for attempt, _, figures in found]
-    rows = [
-        _row(attempt, ran, figures, watch.seconds(attempt, ran), Others(measured, baseline))
-        for attempt, ran, figures in found
-    ]
+    own = own_solver(bench)
+    others = Others(
+        [(attempt, figures) for attempt, _, figures in found], baseline, f"{own.name}@{own.calls}" if own else ""
+    )
+    rows = [_row(attempt, ran, figures, watch.seconds(attempt, ran), others) for attempt, ran, figures in found]
     facts, noisy = bench.pipe.bundle.facts, tuple(m.name for m in epd.solvers.METHODS.values() if m.noisy)
     precision = facts.components[bench.pipe.bundle.backbone].precision
     prompts = len(bench.prompts) // bench.seeds
@@ -211,6 +212,7 @@ class Others:
 
     measured: Sequence[tuple[Attempt, Measured]]
     baseline: str
+    own: str  # NAME@CALLS: the model's own solver in its own steps; empty: it adds noise
 
     def versus(self, figures: Measured, other: tuple[Attempt, Measured] | None) -> Versus | None:
         if other is None:
@@ -219,9 +221,9 @@ class Others:
         over = {name: (figures[name] - theirs[name]).figure() for name in figures if name in theirs}
         return Versus(attempt.name, attempt.calls, over)
 
-    def named(self, calls: int | None) -> tuple[Attempt, Measured] | None:
-        """The baseline of an attempt within so many calls."""
-        name, _, fixed = self.baseline.partition("@")
+    def named(self, calls: int | None, baseline: str) -> tuple[Attempt, Measured] | None:
+        """A baseline of an attempt within so many calls."""
+        name, _, fixed = baseline.partition("@")
         wanted = int(fixed) if fixed else calls
         return next((one for one in self.measured if (one[0].name, one[0].calls) == (name, wanted)), None)
 
@@ -253,9 +255,10 @@ def _row(attempt: Attempt, ran: Any, figures: Measured, seconds: float | None, o
         guided_forwards=ran.guided_forwards,
         seconds=seconds,
         figures={name: estimate.figure() for name, estimate in figures.items()},
-        baseline=others.versus(figures, others.named(attempt.calls)),
+        baseline=others.versus(figures, others.named(attempt.calls, others.baseline)),
         closest=others.versus(figures, others.best(table.sequential_calls)) if learned else None,
         closest_by_work=others.versus(figures, others.best(table.total_evaluations)) if learned else None,
+        own_solver=others.versus(figures, others.named(None, others.own)) if learned else None,
     )
 
 

@@ -56,6 +56,7 @@ def markdown(quality: Quality) -> str:
             head = [f"minus {_other(against[0])}", *(metric(name).title for name in names)]
             lines += ["", *table(head, [_differences(row, row.baseline, names) for row in against])]
         lines += _verdicts(some, names)
+    lines += _against_own(rows, names)
     parallel = [row for row in rows if row.calls is None]
     if parallel:
         cells = [_cells(row, names) for row in _ordered(parallel, names[0])]
@@ -89,12 +90,27 @@ def _verdicts(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
     for row in rows:
         for versus, equal in ((row.closest, "sequential calls"), (row.closest_by_work, "total evaluations")):
             if versus is not None and names[0] in versus.over:
-                over, rule = versus.over[names[0]], metric(names[0])
-                word = {True: "better", False: "worse", None: "no clear difference"}[over.clear(rule.higher)]
-                told = f"{_signed(names[0], over)} {rule.title} over {versus.name}"
-                lines.append(f"- {row.solver}, {versus.calls} {equal}: {word}, {told}")
+                lines.append(f"- {row.solver}, {versus.calls} {equal}: {_verdict(versus, names[0])}")
     head = ["", "Paired, against the best training-free solver within as many calls, and as many evaluations:", ""]
     return head + lines if lines else []
+
+
+def _against_own(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
+    """Of tables, those of fewest calls first: against the model's own solver in its own steps."""
+    told = sorted((row for row in rows if row.own_solver is not None), key=lambda row: (row.calls or 0, row.k or 0))
+    against = [(row, row.own_solver) for row in told if row.own_solver is not None and names[0] in row.own_solver.over]
+    if not against:
+        return []
+    lines = [f"- {row.solver}, {row.calls} sequential calls: {_verdict(versus, names[0])}" for row, versus in against]
+    _, own = against[0]
+    return ["", f"## Tables against {own.name} in {own.calls} calls, the model's own solver", "", *lines]
+
+
+def _verdict(versus: Versus, name: str) -> str:
+    """Better, worse or neither, and by how much."""
+    over, rule = versus.over[name], metric(name)
+    word = {True: "better", False: "worse", None: "no clear difference"}[over.clear(rule.higher)]
+    return f"{word}, {_signed(name, over)} {rule.title} over {versus.name}"
 
 
 def comma_separated(quality: Quality) -> str:

@@ -323,6 +323,29 @@ def test_another_seed_is_another_noise(bundles):
     assert np.abs(usual.run(attempt).latents - other.run(attempt).latents).max() > 0.1
 
 
+def test_tables_meet_the_models_own_solver_in_its_own_steps(bundles, prompts, tmp_path, capsys):
+    """Which are 3; it is run whatever --calls and --solvers say."""
+    epd.start_table([0.9, 0.5, 0.1], 2).save(tmp_path / "mine.json")
+    command = ["quality", str(bundles["sd3"]), "--prompts", prompts, *SHORT, "--calls", "5", "--solvers", "heun"]
+    command += ["--table", str(tmp_path / "mine.json"), "--markdown", str(tmp_path / "page.md"), "--json"]
+    assert main(command) == 0
+    rows = {(row["solver"], row["calls"]): row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert [calls for solver, calls in rows if solver == "euler"] == [
+        4,
+        5,
+        6,
+        3,
+    ]  # the table has 4 calls, 6 evaluations
+    table, own = rows["mine", 4], rows["euler", 3]
+    assert (table["own_solver"]["name"], table["own_solver"]["calls"]) == ("euler", 3)
+    over = table["own_solver"]["over"]["psnr_db"]["mean"]
+    assert over == pytest.approx(table["figures"]["psnr_db"]["mean"] - own["figures"]["psnr_db"]["mean"])
+    assert [row["own_solver"] for row in rows.values() if row["kind"] != "table"] == [None] * (len(rows) - 1)
+    page = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert "## Tables against euler in 3 calls, the model's own solver" in page
+    assert f"- mine, 4 sequential calls: {'better' if over > 0 else 'worse'}, {over:+.2f} ± " in page
+
+
 def test_work_beyond_a_limit_is_not_matched(bench, tmp_path):
     epd.start_table([0.9, 0.5, 0.1], 3).save(tmp_path / "mine.json")  # 4 calls, 8 evaluations
     for most, calls in ((math.inf, {3, 4, 8}), (8, {3, 4, 8}), (7, {3, 4})):

@@ -7,6 +7,7 @@ Differences from the published recipe (arXiv 2512.22796 and its released code):
 - advantages are leave-one-out (RLOO) within one prompt **and** one noise; there, groups mix prompts and noises, and
   what a prompt or a noise is worth hides what the table is;
 - every prompt has G tables of its own, so that an iteration tries prompts x G tables, not G;
+- numbers may be drawn as widely as each of them leaves pictures alike (`epd.train.reach`), in place of all alike;
 - a higher concentration: theirs (10 to 20) tries positions some 0.1 from the table's, where pictures are much worse;
 - the table that is kept is the one best on validation prompts and noises that nothing is learned from, the given table
   among them; test prompts are never seen;
@@ -44,6 +45,7 @@ from runtime.interval import interval
 from .checkpoint import restore, state_of, under
 from .policy import Distribution, Draw, Policy
 from .ppo import advantages, surrogate
+from .reach import Reach
 from .rollout import Rollout
 from .settings import Settings
 
@@ -74,6 +76,8 @@ class Training:
         Folder of checkpoint.safetensors and log.jsonl.
     origin : str
         What else the result depends on, as text: model, provider, guidance.
+    reach : Reach, optional
+        How widely tables are drawn; None: as the settings say.
     """
 
     def __init__(
@@ -86,12 +90,14 @@ class Training:
         settings: Settings,
         work: Path,
         origin: str = "",
+        reach: Reach | None = None,
     ) -> None:
         settings.check()
         if len(prompts) < 4:
             raise RequestError(f"training needs 4 prompts or more, one a line, got {len(prompts)}")
         try:
-            self.policy = Policy(table, settings.concentration, settings.scales, settings.seed)
+            reach = reach or Reach(settings.concentration, settings.concentration, settings.scales)
+            self.policy = Policy(table, reach, settings.seed)
         except ValueError as error:
             raise RequestError(str(error)) from None
         self.first = replace(table, w=self.policy.given[1].mean.numpy())

@@ -3,14 +3,15 @@
 In every interval the K positions cut [0, 1] into K + 1 segments, a point of a simplex, and the weights are one, too.
 Both are Dirichlet with concentrations
 
-    alpha = kappa * mean * exp(residual)
+    alpha = kappa * mean * exp(residual / sqrt(kappa))
 
 where `mean` is the given table's and the residual comes from a small network of the step index alone whose last layer
 begins at zero: at the start the mean of the policy is the table. What cannot move keeps its value: a segment of length
 0 (a point at r = 1), a point of weight 0, weights that are not on the simplex. Positions keep their order.
 
 Source: arXiv 2512.22796 (RDPO), with these differences: segments and weights of zero are left alone in place of being
-given a floor; the network sees the index as a learned vector; all in float64. Knows nothing of networks or rewards.
+given a floor; the network sees the index as a learned vector; what it adds is in standard deviations, which may differ
+from number to number (`epd.train.reach`); all in float64. Knows nothing of networks or rewards.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from epd.table import Table
+
+from .reach import Reach
 
 SMALLEST = 1e-6  # of a drawn segment or weight: the logarithm of a smaller one is no help, and 0 breaks a table
 
@@ -71,7 +74,7 @@ class Distribution:
     segments: Tensor  # (N, K + 1) concentrations
     weights: Tensor  # (N, K) concentrations
     scales: Tensor  # (N, 2 K) means of the logarithms, or (N, 0)
-    spread: float  # standard deviation of those
+    spread: Tensor  # standard deviation of those: of all, or (N, 2 K)
     given: tuple[Simplex, Simplex]
 
     def draw(self, count: int, rng: np.random.Generator) -> Draw:
@@ -117,7 +120,7 @@ class Distribution:
     def _heads(self) -> list[tuple[Tensor, Simplex]]:
         return list(zip((self.segments.detach(), self.weights.detach()), self.given, strict=True))
 
-    def _one(self, shares: list[Tensor], shift: float) -> Draw:
+    def _one(self, shares: list[Tensor], shift: Tensor) -> Draw:
         """`shift`: of a log-normal's logarithm, from its median."""
         found = [torch.where(s.free, x, s.mean)[None] for x, s in zip(shares, self.given, strict=True)]
         return Draw(found[0], found[1], (self.scales.detach() + shift)[None])
@@ -136,11 +139,10 @@ class Policy(nn.Module):  # type: ignore[misc]
     ----------
     table : Table
         Any start; with weights that are not on the simplex only positions (and scales) are learned.
-    concentration : float
-        kappa, the sum of concentrations at the start: a number with mean m has the variance m (1 - m) / (kappa + 1).
-    scales : float
-        Standard deviation of the logarithms of scale_dir and scale_time; 0: they are not learned (the authors found
-        that learning them under a reward over-saturates pictures).
+    reach : Reach
+        kappa of positions and of weights, the sum of concentrations at the start: a number with mean m has the variance
+        m (1 - m) / (kappa + 1). And the standard deviation of the logarithms of scale_dir and scale_time; 0: they are
+        not learned (the authors found that learning them under a reward over-saturates pictures).
     seed : int
         Of the network's weights.
 
@@ -150,9 +152,12 @@ class Policy(nn.Module):  # type: ignore[misc]
         Nothing in the table can be learned so.
     """
 
-    def __init__(self, table: Table, concentration: float, scales: float = 0.0, seed: int = 0) -> None:
+    def __init__(self, table: Table, reach: Reach, seed: int = 0) -> None:
         super().__init__()
-        self.table, self.concentration, self.spread = table, concentration, scales
+        scales = bool(np.any(reach.scales))
+        self.table = table
+        self.concentrations = [torch.as_tensor(kappa, dtype=torch.float64) for kappa in (reach.segments, reach.weights)]
+        self.spread = torch.as_tensor(reach.scales, dtype=torch.float64)
         self.order = np.argsort(table.r, axis=1, kind="stable")  # (N, K)
         self.given = (_simplex(_segments(table.r)), _weights(table))
         self.sizes = [simplex.mean.shape[1] for simplex in self.given]
@@ -171,12 +176,18 @@ class Policy(nn.Module):  # type: ignore[misc]
     def forward(self) -> Distribution:
         residual = self.net(torch.arange(self.table.steps)).split(self.sizes, dim=1)
         heads = [
-            torch.where(simplex.free, self.concentration * simplex.mean * torch.exp(change), 1.0)
-            for simplex, change in zip(self.given, residual[:2], strict=True)
+            torch.where(simplex.free, kappa * simplex.mean * torch.exp(change / kappa.sqrt()), 1.0)
+            for simplex, kappa, change in zip(self.given, self.concentrations, residual[:2], strict=True)
         ]
-        log = np.log(np.concatenate([self.table.scale_dir, self.table.scale_time], 1))[:, : self.sizes[2]]
-        location = torch.from_numpy(log) - self.spread**2 / 2 + residual[2]  # the mean of exp is the table's
-        return Distribution(heads[0], heads[1], location, self.spread, self.given)
+        spread = self.spread if self.sizes[2] else torch.zeros(())
+        location = self.logarithms - spread**2 / 2 + spread * residual[2]  # the mean of exp is the table's
+        return Distribution(heads[0], heads[1], location, spread, self.given)
+
+    @property
+    def logarithms(self) -> Tensor:
+        """Of the table's scales, as far as they are learned: (N, 2 K) or (N, 0)."""
+        both = np.concatenate([self.table.scale_dir, self.table.scale_time], 1)
+        return torch.from_numpy(np.log(both)[:, : self.sizes[2]])
 
     def tables(self, draw: Draw) -> list[Table]:
         """What was drawn, as tables in the given one's order of points, (G)."""

@@ -35,6 +35,11 @@ def add_command(commands: Any) -> None:
         ("group", int, "tables drawn for each prompt"),
         ("concentration", float, "how close to the table others are drawn"),
         ("scales", float, "learn the scales, too: standard deviation of their logarithms, such as 0.02"),
+        (
+            "alike",
+            float,
+            "draw every number so widely that pictures stay alike to so many dB, scales too; such as 65",
+        ),
         ("rate", float, "learning rate to begin with"),
         ("step", float, "KL that the policy moves by in an iteration, to which the rate is adapted"),
         ("epochs", int, "steps of the optimiser an iteration"),

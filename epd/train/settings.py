@@ -16,7 +16,8 @@ class Settings:
     group: int = 8  # G: tables for each prompt
     concentration: float = 200.0  # kappa, at the start
     scales: float = 0.0  # standard deviation of the logarithms of the scales; 0: not learned
-    rate: float = 1e-3  # of AdamW, to begin with
+    alike: float = 0.0  # dB that every number, moved alone, leaves pictures alike to; 0: as the two above say for all
+    rate: float = 1e-2  # of AdamW, to begin with
     step: float = 0.05  # KL that the policy moves by in an iteration, a mean over intervals: the rate is adapted to it
     epochs: int = 4  # steps of the optimiser an iteration
     clip: float = 0.2  # of the ratio
@@ -45,6 +46,8 @@ class Settings:
         for name in ("scales", "kl"):
             if not 0 <= getattr(self, name) < 1e9:
                 raise RequestError(f"--{name} must be 0 or more, got {getattr(self, name)}")
+        if self.alike and (self.scales or not 20 <= self.alike <= 100):
+            raise RequestError(f"--alike must be 20 to 100 (dB), without --scales, got {self.alike:g}")
         if self.iterations % self.every:
             raise RequestError(f"--iterations must be a multiple of --every {self.every}, got {self.iterations}")
         if self.export not in ("mean", "mode"):

@@ -13,16 +13,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 import epd
 from epd.table import write_whole
 from runtime.errors import RequestError
+from runtime.figures import digest
 from runtime.interval import interval
 from runtime.parse import pairs
 
 from .cluster import connected, spread
 from .optimise import Score, Training, read_log
-from .rollout import Recipe, Stage
+from .reach import Reach, measured
+from .rollout import Recipe, Rollout, Stage
 from .settings import Settings
+
+REACHED, REACH_SEED = 4, 6_000_000  # prompts that reaches are measured on, and the first one's noise
 
 
 def tune(options: argparse.Namespace, settings: Settings) -> None:
@@ -44,8 +51,9 @@ def tune(options: argparse.Namespace, settings: Settings) -> None:
     parts = stage.rewards
     parts.check(prompts, stage.network.size)
     origin = json.dumps([stage.network.identity(), recipe.identity()])
+    reach = None if not settings.alike else _reach(table, stage, prompts[:REACHED], settings, work, origin)
     training = Training(
-        table, prompts, _score(options.ray, recipe, stage), parts.names, parts.weights, settings, work, origin
+        table, prompts, _score(options.ray, recipe, stage), parts.names, parts.weights, settings, work, origin, reach
     )
     found = _trained(training, settings.iterations)
     found = replace(
@@ -60,6 +68,26 @@ def tune(options: argparse.Namespace, settings: Settings) -> None:
     if options.plot is not None:
         plot(read_log(work), options.plot)
     _report(options, output, work, training)
+
+
+def _reach(
+    table: epd.Table, stage: Stage, prompts: Sequence[str], settings: Settings, work: Path, origin: str
+) -> Reach:
+    """Measured once, and kept in the folder `work`: a training that was stopped goes on with the same."""
+    file, key = work / "reach.json", digest(table) + f" {settings.alike} {origin}"
+    if file.is_file() and (known := json.loads(file.read_text(encoding="utf-8"))).pop("of", None) == key:
+        return Reach(**{name: np.array(value) for name, value in known.items()})
+    print(f"measuring how far each number may be moved, on {len(prompts)} prompts", file=sys.stderr)
+
+    def pictures(tables: Sequence[epd.Table]) -> NDArray[np.float32]:
+        rollouts = (Rollout(prompt, REACH_SEED + i, tuple(tables)) for i, prompt in enumerate(prompts))
+        return np.stack([stage.pictures(rollout) for rollout in rollouts])
+
+    reach = measured(table, pictures, settings.alike)
+    work.mkdir(parents=True, exist_ok=True)
+    told = {"of": key} | {name: np.asarray(value).tolist() for name, value in reach._asdict().items()}
+    write_whole(file, json.dumps(told).encode())
+    return reach
 
 
 @contextmanager

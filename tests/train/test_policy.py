@@ -7,6 +7,7 @@ from torch.distributions import Dirichlet, LogNormal, Normal, kl_divergence
 
 import epd
 from epd.train.policy import Policy, dirichlet_kl, dirichlet_log_prob
+from epd.train.reach import Reach, measured
 
 TIMES = epd.schedule.flow(4)
 R = [[0.7, 0.2], [0.335, 0.665], [0.5, 0.5], [0.1, 0.9]]  # unordered; equal
@@ -67,7 +68,7 @@ def test_entries_that_cannot_move_do_not_count():
 )
 @pytest.mark.parametrize("scales", [0.0, 0.05])
 def test_at_the_start_its_mean_is_the_table(given, scales):
-    policy = Policy(given, 20.0, scales)
+    policy = Policy(given, Reach(20.0, 20.0, scales))
     (found,) = policy.tables(policy().mean())
     for name in ("r", "w", "scale_dir", "scale_time"):
         np.testing.assert_allclose(getattr(found, name), getattr(given, name), rtol=0, atol=1e-12)
@@ -77,7 +78,7 @@ def test_at_the_start_its_mean_is_the_table(given, scales):
 
 @pytest.mark.parametrize("scales", [0.0, 0.05])
 def test_what_is_drawn_is_a_table_around_the_mean(scales):
-    policy = moved(Policy(table(), 40.0, scales))
+    policy = moved(Policy(table(), Reach(40.0, 40.0, scales)))
     distribution = policy()
     drawn = distribution.draw(4000, np.random.default_rng(3))
     tables = policy.tables(drawn)
@@ -92,7 +93,7 @@ def test_what_is_drawn_is_a_table_around_the_mean(scales):
 
 
 def test_log_probability_of_a_draw_is_the_sum_of_its_parts():
-    policy = moved(Policy(table(r=[[0.2, 0.7]] * 4, w=[[0.4, 0.6]] * 4), 30.0, 0.05))
+    policy = moved(Policy(table(r=[[0.2, 0.7]] * 4, w=[[0.4, 0.6]] * 4), Reach(30.0, 30.0, 0.05)))
     d = policy()
     drawn = d.draw(5, np.random.default_rng(0))
     expected = Dirichlet(d.segments).log_prob(drawn.segments) + Dirichlet(d.weights).log_prob(drawn.weights)
@@ -108,7 +109,7 @@ def test_log_probability_of_a_draw_is_the_sum_of_its_parts():
 
 
 def test_the_mode_is_where_the_density_is_highest():
-    policy = moved(Policy(table(r=[[0.2, 0.7]] * 4, w=[[0.4, 0.6]] * 4), 30.0))
+    policy = moved(Policy(table(r=[[0.2, 0.7]] * 4, w=[[0.4, 0.6]] * 4), Reach(30.0, 30.0, 0.0)))
     d = policy()
     best = d.log_prob(d.mode())
     rng = np.random.default_rng(0)
@@ -116,11 +117,11 @@ def test_the_mode_is_where_the_density_is_highest():
     nearby = [x / x.sum(-1, keepdim=True) for x in nearby]
     assert (d.log_prob(d.mode()._replace(segments=nearby[0], weights=nearby[1])) < best).all()
     with pytest.raises(ValueError, match="export its mean"):
-        Policy(table(), 20.0)().mode()
+        Policy(table(), Reach(20.0, 20.0, 0.0))().mode()
 
 
 def test_gradients_reach_the_network():
-    policy = Policy(table(), 20.0, 0.05)
+    policy = Policy(table(), Reach(20.0, 20.0, 0.05))
     drawn = policy().draw(3, np.random.default_rng(0))
     policy().log_prob(drawn).sum().backward()
     gradient = policy.net[-1].weight.grad
@@ -131,5 +132,35 @@ def test_gradients_reach_the_network():
 def test_a_table_without_anything_to_learn_is_refused():
     still = table(r=np.ones((4, 1)), w=np.ones((4, 1)), midpoint="arithmetic")
     with pytest.raises(ValueError, match="nothing in this table"):
-        Policy(still, 20.0)
-    Policy(still, 20.0, 0.05)
+        Policy(still, Reach(20.0, 20.0, 0.0))
+    Policy(still, Reach(20.0, 20.0, 0.05))
+
+
+def test_numbers_are_drawn_as_widely_as_leaves_pictures_alike():
+    """In a world where pictures know how much every number moves them: each alone to 60 dB, a thousandth."""
+    given = table(midpoint="arithmetic")
+    rng = np.random.default_rng(2)
+    positions, weights, scales = rng.uniform(0.05, 5, 4), rng.uniform(0.05, 5, 4), rng.uniform(0.05, 5, (4, 4))
+
+    def numbers(one):
+        logs = np.log(np.concatenate([one.scale_dir, one.scale_time], 1))
+        return np.concatenate([(positions * one.r.T).T.ravel(), (weights * one.w.T).T.ravel(), (scales * logs).ravel()])
+
+    def pictures(tables):
+        """Two prompts; a pixel for every number."""
+        drawn = np.stack([numbers(one) for one in tables])[:, None, :, None] + 0.5
+        return np.stack([drawn, drawn + 0.1])
+
+    count = numbers(given).size
+    reach = measured(given, pictures, 60.0)
+    np.testing.assert_allclose(reach.scales * scales / np.sqrt(count), 1e-3, rtol=1e-2)
+    drawn = Policy(given, reach)().draw(4000, np.random.default_rng(3))
+    moved = Policy(given, reach).tables(drawn)
+    far = np.stack([numbers(one) for one in moved]) - numbers(given)
+    spread = np.sqrt(np.square(far).mean(0))
+    by_position = np.sqrt(np.square(spread[:8]).reshape(4, 2).sum(1) / count)
+    by_weight = np.sqrt(np.square(spread[8:16]).reshape(4, 2).sum(1) / count)
+    np.testing.assert_allclose(by_position, 1e-3, rtol=0.45)  # moved against each other there, at random here
+    np.testing.assert_allclose(by_weight[[0, 1, 3]], 1e-3, rtol=0.1)
+    assert by_weight[2] == 0  # a point that is not asked for
+    np.testing.assert_allclose(spread[16:] / np.sqrt(count), 1e-3, rtol=0.1)

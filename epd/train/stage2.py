@@ -74,9 +74,13 @@ def _reach(
     table: epd.Table, stage: Stage, prompts: Sequence[str], settings: Settings, work: Path, origin: str
 ) -> Reach:
     """Measured once, and kept in the folder `work`: a training that was stopped goes on with the same."""
-    file, key = work / "reach.json", digest(table) + f" {settings.alike} {origin}"
-    if file.is_file() and (known := json.loads(file.read_text(encoding="utf-8"))).pop("of", None) == key:
-        return Reach(**{name: np.array(value) for name, value in known.items()})
+    file, key = work / "reach.json", f"{digest(table)} {settings.alike} {origin}"
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        if known.pop("of") == key:
+            return Reach(**{name: np.array(value) for name, value in known.items()})
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged: measured anew
+        pass
     print(f"measuring how far each number may be moved, on {len(prompts)} prompts", file=sys.stderr)
 
     def pictures(tables: Sequence[epd.Table]) -> NDArray[np.float32]:

@@ -310,6 +310,23 @@ def test_the_command_writes_a_table_a_log_and_a_plot(tmp_path, bundles, capsys):
     Pipeline.from_pretrained(bundles["sd3"])("a red x", table=told["table"], seed=1)
 
 
+def test_how_far_numbers_may_be_moved_is_measured_once(tmp_path, bundles, capsys):
+    def told(*more):
+        assert command(tmp_path, bundles["sd3"], "--alike", "50", *more) == 0
+        return "measuring how far each number may be moved, on 4 prompts" in capsys.readouterr().err
+
+    assert told()
+    file = tmp_path / "out" / "reach.json"
+    kept, table = file.read_bytes(), epd.Table.load(tmp_path / "out.json")
+    assert table.provenance["settings"]["alike"] == 50
+    assert np.shape(json.loads(kept)["scales"]) == (table.steps, 2 * table.directions)
+    assert not told("--iterations", "4")
+    assert file.read_bytes() == kept
+    file.write_bytes(kept[:100])
+    assert told("--iterations", "6")
+    assert file.read_bytes() == kept
+
+
 def test_a_prompt_file_with_empty_lines_or_very_many(tmp_path, bundles, capsys):
     assert command(tmp_path, bundles["sd3"], prompts="\n\na\n  \nb\n\nc\nd\na\n") == 0
     assert epd.Table.load(tmp_path / "out.json").provenance["prompts"] == 2  # two of four are set aside
@@ -355,6 +372,8 @@ def test_a_reward_that_breaks_loses_nothing(tmp_path, bundles, capsys, monkeypat
         (["--reward", "shapes"], "the reward shapes reads 64x64 pictures, this model draws 32x32"),
         (["--reward", "clip"], "needs its weights: give --reward-model clip=PATH"),
         (["--reward", "no.such.module"], "the reward no.such.module"),
+        (["--alike", "5"], "--alike must be 20 to 100 (dB), without --scales, got 5"),
+        (["--alike", "60", "--scales", "0.01"], "without --scales"),
         (["--group", "1"], "--group must be 2 or more"),
         (["--reward-model", "clip"], "is not KEY=VALUE"),
         (["--reference-calls", "1"], "a converged picture takes more"),

@@ -29,6 +29,12 @@ def add_command(commands: Any) -> None:
     command.add_argument("--prompts", type=Path, metavar="FILE", help="one a line (default: the closed world's)")
     command.add_argument("--guidance-scale", type=float, metavar="G", help="default: the table's, or the model's own")
     command.add_argument("--plot", type=Path, metavar="PNG", help="draw the log (needs the extra plot)")
+    command.add_argument(
+        "--changed",
+        type=Path,
+        metavar="PNG",
+        help="draw the 32 validation pictures that changed most, before and after (needs plot)",
+    )
     for name, kind, text in (
         ("iterations", int, "more of them go on from a finished training"),
         ("batch", int, "prompts of an iteration, each with noise of its own"),
@@ -70,8 +76,8 @@ def _run(options: argparse.Namespace) -> None:
     for package in ("torch", "safetensors"):
         if find_spec(package) is None:
             raise RequestError(f"training needs {package}; install the extra: pip install 'epd-toolkit[train]'")
-    if options.plot is not None and find_spec("matplotlib") is None:
-        raise RequestError("--plot needs matplotlib; install the extra: pip install 'epd-toolkit[plot]'")
+    if (options.plot or options.changed) is not None and find_spec("matplotlib") is None:
+        raise RequestError("--plot and --changed need matplotlib; install the extra: pip install 'epd-toolkit[plot]'")
     settings = Settings(**{name: getattr(options, name) for name in asdict(Settings())})
     settings.check()
     from .stage2 import tune

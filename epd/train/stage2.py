@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,11 +25,12 @@ from runtime.interval import interval
 from runtime.parse import pairs
 
 from .cluster import connected, spread
-from .optimise import Score, Training, read_log
+from .optimise import VALIDATION_SEED, Score, Training, read_log
 from .reach import Reach, measured
 from .rollout import Recipe, Rollout, Stage
 from .settings import Settings
 
+CHANGED, ABREAST = 32, 4  # pictures shown of those that changed most, and of a row
 REACHED, REACH_SEED = 4, 6_000_000  # prompts that reaches are measured on, and the first one's noise
 
 
@@ -41,8 +43,8 @@ def tune(options: argparse.Namespace, settings: Settings) -> None:
     table = load_table(source)
     output = options.output or Path(f"{source.stem}-rdpo.json")
     check_writable(output, ".json")
-    if options.plot is not None:
-        check_writable(options.plot, ".png")
+    for file in filter(None, [options.plot, options.changed]):
+        check_writable(file, ".png")
     work = options.work or output.with_suffix("")
     recipe = _recipe(options, table)
     stage = recipe.open()
@@ -67,6 +69,8 @@ def tune(options: argparse.Namespace, settings: Settings) -> None:
     found.save(output)
     if options.plot is not None:
         plot(read_log(work), options.plot)
+    if options.changed is not None:
+        show_changed(stage, training, options.changed)
     _report(options, output, work, training)
 
 
@@ -196,6 +200,29 @@ def plot(lines: Sequence[dict[str, Any]], file: Path) -> None:
     beside.set_ylabel("divergence from the start (dotted)")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
+    write_whole(file, buffer.getvalue())
+
+
+def show_changed(stage: Stage, training: Training, file: Path) -> None:
+    """Draws those of the validation pictures that differ most, before and after: what a reward was won by is seen."""
+    from matplotlib.figure import Figure
+
+    both = (training.first, training.best)
+    rollouts = [Rollout(prompt, VALIDATION_SEED + i, both) for i, prompt in enumerate(training.validation)]
+    pairs = np.stack([stage.pictures(rollout) for rollout in rollouts])  # (V, 2, H, W, 3)
+    change = np.square(pairs[:, 0].astype(np.float64) - pairs[:, 1]).mean((1, 2, 3))
+    most = np.argsort(-change, kind="stable")[:CHANGED]
+    gain = training.gain if len(training.gain) else np.zeros(len(pairs))
+    rows = -(-len(most) // ABREAST)
+    figure = Figure(figsize=(2.6 * ABREAST, 1.75 * rows), layout="constrained")
+    for axes, i in zip(figure.subplots(rows, ABREAST, squeeze=False).flat, most, strict=False):
+        axes.imshow(np.concatenate(pairs[i], 1), interpolation="nearest")
+        told = f"{-10 * np.log10(max(change[i], 1e-12)):.0f} dB, reward {gain[i]:+.3f}"
+        axes.set_title("\n".join([*textwrap.wrap(training.validation[i], 38)[:2], told]), fontsize=6)
+    for axes in figure.axes:
+        axes.set_axis_off()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
     write_whole(file, buffer.getvalue())
 
 

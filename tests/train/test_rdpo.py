@@ -296,7 +296,8 @@ def command(tmp_path, bundle, *more, prompts=None, table=None):
 
 
 def test_the_command_writes_a_table_a_log_and_a_plot(tmp_path, bundles, capsys):
-    assert command(tmp_path, bundles["sd3"], "--json", "--plot", tmp_path / "log.png") == 0
+    shown = ["--plot", tmp_path / "log.png", "--changed", tmp_path / "changed.png"]
+    assert command(tmp_path, bundles["sd3"], "--json", *shown) == 0
     told = json.loads(capsys.readouterr().out)
     table = epd.Table.load(told["table"])
     assert table.family == "sd3"
@@ -306,7 +307,7 @@ def test_the_command_writes_a_table_a_log_and_a_plot(tmp_path, bundles, capsys):
     lines = read_log(tmp_path / "out")
     assert [line["iteration"] for line in lines] == [0, 1, 2]
     assert all(set(line["validation"]["rewards"]) == {"psnr"} for line in lines)
-    assert (tmp_path / "log.png").read_bytes().startswith(b"\x89PNG")
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("log.png", "changed.png"))
     Pipeline.from_pretrained(bundles["sd3"])("a red x", table=told["table"], seed=1)
 
 
@@ -379,6 +380,7 @@ def test_a_reward_that_breaks_loses_nothing(tmp_path, bundles, capsys, monkeypat
         (["--reference-calls", "1"], "a converged picture takes more"),
         (["--abreast", "-1"], "must be 0 or more"),
         (["-o", "nowhere/out.json"], "nowhere"),
+        (["--changed", "nowhere/changed.png"], "nowhere"),
     ],
 )
 def test_what_cannot_be_is_told_in_one_line(tmp_path, bundles, capsys, more, told):

@@ -35,8 +35,9 @@ def entrants(
     most_work: float = math.inf,
 ) -> list[Attempt]:
     """Everything that is compared: Euler first, then each deterministic solver of the family at each number of calls,
-    the model's own in its own steps, the untrained start tables, the tables, and the solvers that are parallel in time;
-    all of it but those once more with guidance in each of the intervals (sigma) only.
+    the untrained start tables, the tables, and the solvers that are parallel in time; all of it but those once more
+    with guidance in each of the intervals (sigma) only. And, to be compared with tables, the model's own solver in its
+    own steps.
 
     The numbers of calls are those given and, so that tables meet their equals, the sequential calls of every table and
     its total evaluations, where these are no more than `most_work`.
@@ -62,35 +63,40 @@ def entrants(
     found = [_method(bench, name, n) for name in methods if name in wanted for n in calls]
     if not bench.flow:
         found += [_method(bench, name, n, even=True) for name in methods if name in wanted for n in calls]
-    found += [own for own in [own_solver(bench)] if own is not None and own.calls not in _calls_of(own.name, found)]
     found += [_start_table(bench, k, n) for k in DIRECTIONS if "epd" in wanted for n in calls]
     found += _tables(plans, [*names, *(attempt.name for attempt in found if attempt is not None)])
     one = [attempt for attempt in found if attempt is not None]
     told = [(interval, f"{interval[0]:g} to {interval[1]:g}") for interval in intervals]
     one += [replace(a, name=f"{a.name}, guided {text}", interval=i) for i, text in told for a in one]
+    own = own_solver(bench) if tables else None
+    if own is not None and (own.name, own.calls) not in {(attempt.name, attempt.calls) for attempt in one}:
+        one.append(own)
     return one + [_parallel(bench, n, tolerance) for n in PARALLEL if n in wanted for tolerance in TOLERANCES]
 
 
 def own_solver(bench: Bench) -> Attempt | None:
-    """The model's own in its own steps, which is what users get without any table; None for one that adds noise."""
+    """The model's own in its own steps, which is what users get without any table.
+
+    None for one that adds noise, or is parallel in time.
+    """
     defaults = bench.pipe.bundle.facts.defaults
     method = epd.solvers.METHODS.get(defaults.solver)
-    if method is None or method.noisy:
+    if method is None or method.noisy or not method.calls:
         return None
     plan = bench.pipe.plan("", solver=defaults.solver, num_inference_steps=defaults.steps)
     return _method(bench, defaults.solver, asked(method.build(plan.times, bench.flow)))
 
 
-def _calls_of(name: str, found: Sequence[Attempt | None]) -> set[int | None]:
-    return {attempt.calls for attempt in found if attempt is not None and attempt.name == name}
-
-
 def headline(bench: Bench, tables: Sequence[Path]) -> list[Attempt]:
-    """The model's own solver in its own steps and in 20 calls, iPNDM and DPM-Solver++ in 20, and the tables."""
-    defaults = bench.pipe.bundle.facts.defaults
-    pairs = [(defaults.solver, defaults.steps), *((name, 20) for name in (defaults.solver, *HEADLINE))]
-    found = [_method(bench, name, calls) for name, calls in dict.fromkeys(pairs)]
-    return [attempt for attempt in found if attempt is not None] + _tables(_plans(bench, tables), [])
+    """The model's own solver in its own steps and in 20 calls, iPNDM and DPM-Solver++ in 20, and the tables.
+
+    Euler stands for one that is not compared.
+    """
+    own = own_solver(bench)
+    name = "euler" if own is None else own.name
+    found = [own, *(_method(bench, one, 20) for one in (name, *HEADLINE))]
+    one = {(attempt.name, attempt.calls): attempt for attempt in found if attempt is not None}
+    return [*one.values(), *_tables(_plans(bench, tables), [])]
 
 
 def fetched(bench: Bench) -> list[Path]:

@@ -104,7 +104,7 @@ def _details(result: Latency, told: Mapping[str, Any]) -> list[str]:
 
 def _predicted(seconds: float | None, median: float) -> str:
     if seconds is None:
-        return "what `plan` predicts: nothing; `python -m benchmarks scaling MODEL` measures what it needs"
+        return "what `plan` predicts: nothing, for `scaling` has not measured such calls here"
     return f"what `plan` predicts, by an earlier `scaling`: {seconds:.4g} s, {seconds / median:.2f} of the median"
 
 

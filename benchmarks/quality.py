@@ -59,7 +59,10 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     command.add_argument("--table", type=Path, nargs="+", default=[], metavar="FILE", help="beside the bundle's own")
     command.add_argument(
-        "--solvers", nargs="+", metavar="NAME", help="only these and euler; epd: the start tables (default: all)"
+        "--solvers",
+        nargs="+",
+        metavar="NAME",
+        help="only these and euler; epd: the start tables (default: all); tables meet the model's own in any case",
     )
     command.add_argument("--prompts", type=Path, metavar="FILE", help="one a line (default: held-out captions)")
     command.add_argument("--count", type=int, default=64, metavar="B", help="prompts used (default 64)")
@@ -146,6 +149,7 @@ def _measured(options: argparse.Namespace, work: Path | None) -> Quality:
         ]
         log.warning(notes[0])
     check_baseline(baseline, attempts)
+    _check_fine(options.reference_steps, max(attempt.calls or 0 for attempt in attempts if attempt.kind == "solver"))
     teacher = bench if options.teacher is None else _teacher(bench, options, prompts)
     networks = Networks(options.lpips, options.inception, _rewards(options))
     if options.ray:
@@ -201,7 +205,7 @@ def _attempts(bench: Bench, options: argparse.Namespace) -> tuple[list[Attempt],
     if options.preset == "headline":
         tables += fetched(bench)
         made = headline(bench, tables)
-        return made, options.baseline or f"{facts.defaults.solver}@{facts.defaults.steps}"
+        return made, options.baseline or f"{made[0].name}@{made[0].calls}"
     intervals = [(low, high) for low, high in options.guidance_interval]
     return entrants(
         bench, options.calls, tables, options.solvers, intervals, options.most_work
@@ -227,12 +231,7 @@ def _check(options: argparse.Namespace) -> None:
         raise RequestError("--calls, --seeds and --batch must be 1 or more, --count 2 or more")
     if options.reference_steps < 0 or options.seed < 0:
         raise RequestError("--reference-steps and --seed must be 0 or more")
-    most = max(options.calls)
-    if 0 < options.reference_steps <= most:
-        raise RequestError(
-            f"--reference-steps {options.reference_steps} must be above the largest of --calls, {most}: "
-            "references as coarse as what they judge may agree by chance"
-        )
+    _check_fine(options.reference_steps, max(options.calls))
     for low, high in options.guidance_interval:
         if not 0 <= low < high:
             raise RequestError(f"--guidance-interval is two sigmas with 0 <= LO < HI, got {low:g} {high:g}")
@@ -245,6 +244,17 @@ def _check(options: argparse.Namespace) -> None:
     if options.figures is not None and (options.figures.is_dir() or not options.figures.parent.is_dir()):
         raise RequestError(f"{options.figures}: not a file in a folder that is there; give another name")
     check_outputs(options)
+
+
+def _check_fine(steps: int, most: int) -> None:
+    """Refuses references no finer than what they judge, which has `most` calls."""
+    from runtime.errors import RequestError
+
+    if 0 < steps <= most:
+        raise RequestError(
+            f"--reference-steps {steps} must be above the most calls that are compared, {most}: "
+            "references as coarse as what they judge may agree by chance"
+        )
 
 
 def _prompts(options: argparse.Namespace, source: str, height: int) -> tuple[list[str], list[Scene] | None]:

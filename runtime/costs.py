@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 Requests = Sequence[tuple[int, ...]]  # of a drawing of one image: for every request the rows of each of its points
-PICTURE, DECODE = "a picture in one call", "decode"  # tasks of a profile, beside those that `runtime.directions` names
+DECODE = "decode"  # a task of a profile, beside those that `runtime.directions` names
 _CALL = re.compile(r"(\d+) rows?")
 _AT_ONCE = re.compile(r"(\d+) calls of (\d+) rows? at once")
 
@@ -70,14 +70,19 @@ def costs(sittings: Sequence[Timings], rows: int) -> Costs | None:
     these; None: there is none."""
     for sitting in sorted(sittings, key=len, reverse=True):
         calls = {int(m[1]): sitting[name].seconds for name in sitting if (m := _CALL.fullmatch(name))}
-        if {PICTURE, DECODE} <= sitting.keys() and rows in calls:
+        if {_picture(rows), DECODE} <= sitting.keys() and rows in calls:
             at_once = [(m, sitting[name].seconds) for name in sitting if (m := _AT_ONCE.fullmatch(name))]
             shares = {
                 int(m[1]): seconds / (int(m[1]) * calls[int(m[2])]) for m, seconds in at_once if int(m[2]) in calls
             }
             decode = sitting[DECODE].seconds
-            return Costs(calls, shares, max(sitting[PICTURE].seconds - calls[rows] - decode, 0.0), decode)
+            return Costs(calls, shares, max(sitting[_picture(rows)].seconds - calls[rows] - decode, 0.0), decode)
     return None
+
+
+def _picture(rows: int) -> str:
+    """The task of a drawing in one call of so many rows."""
+    return f"a picture in one call of {rows} row{'s' * (rows > 1)}"
 
 
 def ends(pipe: Pipeline, plan: Plan) -> dict[str, Callable[[], object]]:
@@ -85,7 +90,7 @@ def ends(pipe: Pipeline, plan: Plan) -> dict[str, Callable[[], object]]:
     latents = np.zeros((1, *plan.latent_shape))
     single = pipe.plan("", solver="euler", num_inference_steps=1, guidance_scale=plan.guidance)
     return {
-        PICTURE: lambda: pipe.draw(single),
+        _picture(2 if single.guided else 1): lambda: pipe.draw(single),
         DECODE: lambda: pipe.decode(latents),
     }
 

@@ -33,7 +33,7 @@ RUNS = 5  # timed, of everything that is measured; the first one more does not c
 TURN, MOST = 0.05, 8  # seconds that a task has in each turn, and the times that it is done then
 BUSY = 1.5  # upper over lower quartile of a task's runs, above which the machine was busy with something else, too
 OTHERS = 0.25  # of the processors, above which other programs were in the way
-_FORMAT = 2
+_FORMAT = 3
 _ENVIRONMENT = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "RYZEN_AI_INSTALLATION_PATH", "VK_ICD_FILENAMES")
 _AT_WORK = (0, 1, 2, 5, 6, 7)  # of /proc/stat: user, nice, system, interrupts hard and soft, stolen by a host
 _TICKS = 20  # of its clock, below which a share says nothing
@@ -151,7 +151,6 @@ class Profile:
 
     def sit(self, tasks: Tasks, runs: int = RUNS, *, alone: bool = False) -> Timings:
         """Measures the tasks and keeps the result, unless the machine was busy; `alone`: in place of all there was."""
-        self.anew = True
         found, why = self._measured(tasks, runs)
         if why:
             log.warning("the machine was busy with something else (%s); measuring again", why)
@@ -163,6 +162,7 @@ class Profile:
             others = [] if alone else [sitting for sitting in self.sittings if sitting.keys() - found.keys()]
             self.sittings = [found, *others]
             self._keep()
+        self.anew = True
         return found
 
     def _measured(self, tasks: Tasks, runs: int) -> tuple[Timings, str]:

@@ -7,7 +7,7 @@ Differences from the published recipe (arXiv 2512.22796 and its released code):
 - advantages are leave-one-out (RLOO) within one prompt **and** one noise; there, groups mix prompts and noises, and
   what a prompt or a noise is worth hides what the table is;
 - every prompt has G tables of its own, so that an iteration tries prompts x G tables, not G;
-- numbers may be drawn as widely as each of them leaves pictures alike (`epd.train.reach`), in place of all alike;
+- numbers may be drawn as widely as each, moved alone, leaves pictures alike (`epd.train.reach`);
 - a higher concentration: theirs (10 to 20) tries positions some 0.1 from the table's, where pictures are much worse;
 - the table that is kept is the one best on validation prompts and noises that nothing is learned from, the given table
   among them; test prompts are never seen;
@@ -55,6 +55,7 @@ Told = Callable[[str], None]  # one line of news
 
 VALIDATION_SEED = 7_000_000  # of the first validation picture's noise
 TRAINING_SEED = 20_000_000  # of the first training picture's
+REACHED = 4  # prompts that reaches are measured on
 HALVINGS = 20  # of the way that a step is cut back to
 ADAPTED = 1.5  # times the learning rate at most, from one iteration to the next
 LOG, CHECKPOINT = "log.jsonl", "checkpoint.safetensors"  # in the work folder
@@ -76,8 +77,8 @@ class Training:
         Folder of checkpoint.safetensors and log.jsonl.
     origin : str
         What else the result depends on, as text: model, provider, guidance.
-    reach : Reach, optional
-        How widely tables are drawn; None: as the settings say.
+    reach : callable, optional
+        Told a few prompts, measures how widely tables are drawn; None: as the settings say.
     """
 
     def __init__(
@@ -90,21 +91,20 @@ class Training:
         settings: Settings,
         work: Path,
         origin: str = "",
-        reach: Reach | None = None,
+        reach: Callable[[Sequence[str]], Reach] | None = None,
     ) -> None:
         settings.check()
         if len(prompts) < 4:
             raise RequestError(f"training needs 4 prompts or more, one a line, got {len(prompts)}")
+        self.table, self.settings, self.measure = table, settings, reach
+        even = Reach(settings.concentration, settings.concentration, settings.scales)
         try:
-            reach = reach or Reach(settings.concentration, settings.concentration, settings.scales)
-            self.policy = Policy(table, reach, settings.seed)
+            self._begin(Reach(1.0, 1.0, 1.0) if reach else even)
         except ValueError as error:
             raise RequestError(str(error)) from None
         self.first = replace(table, w=self.policy.given[1].mean.numpy())
-        self.reference = _frozen(self.policy)
-        self.optimiser = torch.optim.AdamW(self.policy.parameters(), lr=settings.rate, weight_decay=0.0)
         self.score, self.names, self.weights = score, tuple(names), np.array(weights, np.float64)
-        self.settings, self.work = settings, work
+        self.work = work
         order = np.random.default_rng([settings.seed, 0]).permutation(len(prompts))
         aside = max(2, min(settings.validation, len(prompts) // 4))
         self.validation, self.prompts = ([prompts[i] for i in part] for part in np.split(order, [aside]))
@@ -113,6 +113,13 @@ class Training:
         self.iteration = 0  # of those done
         self.best, self.best_iteration = self.first, 0
         self.start_rewards = self.best_rewards = np.empty((0, len(self.names)))  # on validation, (V, parts)
+
+    def _begin(self, reach: Reach) -> None:
+        """A policy that draws so widely, and has learned nothing yet."""
+        self.reach = reach
+        self.policy = Policy(self.table, reach, self.settings.seed)
+        self.reference = _frozen(self.policy)
+        self.optimiser = torch.optim.AdamW(self.policy.parameters(), lr=self.settings.rate, weight_decay=0.0)
 
     def run(self, told: Told = lambda line: None) -> epd.Table:
         """The best table on validation; the given one where none was better.
@@ -126,6 +133,9 @@ class Training:
         if self.resume():
             told(f"going on after iteration {self.iteration} of {self.settings.iterations}, from {self.work}")
         else:
+            if self.measure is not None:
+                told(f"measuring how far each number may be moved, on {len(self.prompts[:REACHED])} prompts")
+                self._begin(self.measure(self.prompts[:REACHED]))
             self.start_rewards = self.best_rewards = self._validated(self.first)
             (self.work / LOG).unlink(missing_ok=True)
             self._keep({"iteration": 0, "validation": self._judged(self.start_rewards)})
@@ -260,6 +270,7 @@ class Training:
         tensors |= state_of(self.optimiser, "optimiser")
         tensors |= {f"best.{name}": torch.tensor(getattr(self.best, name)) for name in PARAMETERS}
         tensors |= {"rewards.start": torch.tensor(self.start_rewards), "rewards.best": torch.tensor(self.best_rewards)}
+        tensors |= {f"reach.{name}": torch.as_tensor(value) for name, value in self.reach._asdict().items()}
         facts: dict[str, Any] = {"iteration": self.iteration, "best": self.best_iteration, "rate": self.rate}
         facts |= {"fingerprint": self.fingerprint}
         kept = {name: value.contiguous() for name, value in tensors.items()}
@@ -287,6 +298,7 @@ class Training:
             raise RequestError(f"{file}: damaged ({error}); remove it to begin anew") from None
         if facts.get("fingerprint") != self.fingerprint:
             raise RequestError(f"{file}: of a training with other settings; give another --work, or remove it")
+        self._begin(Reach(**{name: value.numpy() for name, value in under(tensors, "reach.").items()}))
         self.policy.load_state_dict(under(tensors, "policy."))
         restore(self.optimiser, tensors, "optimiser")
         self.best = replace(self.first, **{n: value.numpy() for n, value in under(tensors, "best.").items()})

@@ -10,8 +10,8 @@ begins at zero: at the start the mean of the policy is the table. What cannot mo
 0 (a point at r = 1), a point of weight 0, weights that are not on the simplex. Positions keep their order.
 
 Source: arXiv 2512.22796 (RDPO), with these differences: segments and weights of zero are left alone in place of being
-given a floor; the network sees the index as a learned vector; what it adds is in standard deviations, which may differ
-from number to number (`epd.train.reach`); all in float64. Knows nothing of networks or rewards.
+given a floor; the network sees the index as a learned vector; what it adds is in units of about a standard deviation,
+which may differ from number to number (`epd.train.reach`); all in float64. Knows nothing of networks or rewards.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Distribution:
             A free concentration is 1 or less: the density is highest at the border of the simplex.
         """
         if any(bool((alpha[simplex.free] <= 1).any()) for alpha, simplex in self._heads()):
-            raise ValueError("this policy has no mode inside the simplex; export its mean, or raise the concentration")
+            raise ValueError("this policy has no mode inside the simplex; export its mean, or draw closer to the table")
         return self._one([_share(alpha - 1, simplex) for alpha, simplex in self._heads()], -(self.spread**2))
 
     def _heads(self) -> list[tuple[Tensor, Simplex]]:

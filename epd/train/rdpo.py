@@ -44,7 +44,7 @@ def add_command(commands: Any) -> None:
         (
             "alike",
             float,
-            "draw every number so widely that pictures stay alike to so many dB, scales too; such as 65",
+            "draw each number so widely that, moved alone, it leaves pictures alike to so many dB, such as 70",
         ),
         ("rate", float, "learning rate to begin with"),
         ("step", float, "KL that the policy moves by in an iteration, to which the rate is adapted"),

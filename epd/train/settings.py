@@ -46,9 +46,14 @@ class Settings:
         for name in ("scales", "kl"):
             if not 0 <= getattr(self, name) < 1e9:
                 raise RequestError(f"--{name} must be 0 or more, got {getattr(self, name)}")
-        if self.alike and (self.scales or not 20 <= self.alike <= 100):
-            raise RequestError(f"--alike must be 20 to 100 (dB), without --scales, got {self.alike:g}")
+        self._check_alike()
         if self.iterations % self.every:
             raise RequestError(f"--iterations must be a multiple of --every {self.every}, got {self.iterations}")
         if self.export not in ("mean", "mode"):
             raise RequestError(f"--export must be mean or mode, got {self.export!r}")
+
+    def _check_alike(self) -> None:
+        if self.alike and not 20 <= self.alike <= 75:
+            raise RequestError(f"--alike must be 20 to 75 (dB), got {self.alike:g}")
+        if self.alike and (self.scales or self.concentration != Settings.concentration):
+            raise RequestError("--alike takes the place of --scales and --concentration; leave them out")

@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from numpy.typing import NDArray
 import epd
 from epd.table import write_whole
 from runtime.errors import RequestError
-from runtime.figures import digest
 from runtime.interval import interval
 from runtime.parse import pairs
 
@@ -31,7 +31,8 @@ from .rollout import Recipe, Rollout, Stage
 from .settings import Settings
 
 CHANGED, ABREAST = 32, 4  # pictures shown of those that changed most, and of a row
-REACHED, REACH_SEED = 4, 6_000_000  # prompts that reaches are measured on, and the first one's noise
+REACH_SEED = 6_000_000  # of the first noise that reaches are measured with
+Floats = NDArray[np.float64]
 
 
 def tune(options: argparse.Namespace, settings: Settings) -> None:
@@ -53,10 +54,15 @@ def tune(options: argparse.Namespace, settings: Settings) -> None:
     parts = stage.rewards
     parts.check(prompts, stage.network.size)
     origin = json.dumps([stage.network.identity(), recipe.identity()])
-    reach = None if not settings.alike else _reach(table, stage, prompts[:REACHED], settings, work, origin)
+
+    def reach(some: Sequence[str]) -> Reach:
+        together = options.abreast or settings.group
+        return measured(table, partial(_change, stage, some, together), settings.alike)
+
     training = Training(
-        table, prompts, _score(options.ray, recipe, stage), parts.names, parts.weights, settings, work, origin, reach
-    )
+        table, prompts, _score(options.ray, recipe, stage), parts.names, parts.weights, settings, work, origin,
+        reach if settings.alike else None,
+    )  # fmt: skip
     found = _trained(training, settings.iterations)
     found = replace(
         found,
@@ -69,33 +75,26 @@ def tune(options: argparse.Namespace, settings: Settings) -> None:
     found.save(output)
     if options.plot is not None:
         plot(read_log(work), options.plot)
+    _report(options, output, work, training)
     if options.changed is not None:
         show_changed(stage, training, options.changed)
-    _report(options, output, work, training)
 
 
-def _reach(
-    table: epd.Table, stage: Stage, prompts: Sequence[str], settings: Settings, work: Path, origin: str
-) -> Reach:
-    """Measured once, and kept in the folder `work`: a training that was stopped goes on with the same."""
-    file, key = work / "reach.json", f"{digest(table)} {settings.alike} {origin}"
-    try:
-        known = json.loads(file.read_text(encoding="utf-8"))
-        if known.pop("of") == key:
-            return Reach(**{name: np.array(value) for name, value in known.items()})
-    except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged: measured anew
-        pass
-    print(f"measuring how far each number may be moved, on {len(prompts)} prompts", file=sys.stderr)
+def _change(
+    stage: Stage, prompts: Sequence[str], together: int, table: epd.Table, others: Sequence[epd.Table]
+) -> Floats:
+    """Of every other table, the root of the mean square by which its pictures are not the table's: (G,).
 
-    def pictures(tables: Sequence[epd.Table]) -> NDArray[np.float32]:
-        rollouts = (Rollout(prompt, REACH_SEED + i, tuple(tables)) for i, prompt in enumerate(prompts))
-        return np.stack([stage.pictures(rollout) for rollout in rollouts])
-
-    reach = measured(table, pictures, settings.alike)
-    work.mkdir(parents=True, exist_ok=True)
-    told = {"of": key} | {name: np.asarray(value).tolist() for name, value in reach._asdict().items()}
-    write_whole(file, json.dumps(told).encode())
-    return reach
+    `together`: tables in one batch.
+    """
+    squares = np.zeros(len(others))
+    for i, prompt in enumerate(prompts):
+        own = stage.pictures(Rollout(prompt, REACH_SEED + i, (table,)))
+        for first in range(0, len(others), together):
+            some = slice(first, first + together)
+            drawn = stage.pictures(Rollout(prompt, REACH_SEED + i, tuple(others[some])))
+            squares[some] += np.square(drawn - own, dtype=np.float64).mean((1, 2, 3))
+    return np.asarray(np.sqrt(squares / len(prompts)))
 
 
 @contextmanager
@@ -209,21 +208,25 @@ def show_changed(stage: Stage, training: Training, file: Path) -> None:
 
     both = (training.first, training.best)
     rollouts = [Rollout(prompt, VALIDATION_SEED + i, both) for i, prompt in enumerate(training.validation)]
-    pairs = np.stack([stage.pictures(rollout) for rollout in rollouts])  # (V, 2, H, W, 3)
-    change = np.square(pairs[:, 0].astype(np.float64) - pairs[:, 1]).mean((1, 2, 3))
+    change = np.array([_differ(stage.pictures(rollout)) for rollout in rollouts])
     most = np.argsort(-change, kind="stable")[:CHANGED]
-    gain = training.gain if len(training.gain) else np.zeros(len(pairs))
+    gain = training.gain if len(training.gain) else np.zeros(len(change))
     rows = -(-len(most) // ABREAST)
     figure = Figure(figsize=(2.6 * ABREAST, 1.75 * rows), layout="constrained")
     for axes, i in zip(figure.subplots(rows, ABREAST, squeeze=False).flat, most, strict=False):
-        axes.imshow(np.concatenate(pairs[i], 1), interpolation="nearest")
+        axes.imshow(np.concatenate(stage.pictures(rollouts[i]), 1), interpolation="nearest")
         told = f"{-10 * np.log10(max(change[i], 1e-12)):.0f} dB, reward {gain[i]:+.3f}"
-        axes.set_title("\n".join([*textwrap.wrap(training.validation[i], 38)[:2], told]), fontsize=6)
+        axes.set_title("\n".join([*textwrap.wrap(training.validation[i], 38)[:2], told]), fontsize=6, parse_math=False)
     for axes in figure.axes:
         axes.set_axis_off()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     write_whole(file, buffer.getvalue())
+
+
+def _differ(pictures: NDArray[np.float32]) -> float:
+    """Mean square difference of two."""
+    return float(np.square(pictures[0] - pictures[1], dtype=np.float64).mean())
 
 
 def read_prompts(file: Path | None, stage: Stage, seed: int) -> tuple[str, ...]:

@@ -84,11 +84,11 @@ def test_watching_changes_nothing(measured, bundles):
 def test_what_plan_predicts_is_told_beside_the_median(measured, bundles, monkeypatch, tmp_path):
     """0.5 s beside the calls, 3 of 3 s and 3 of 6 s."""
     assert measured.predicted_seconds is None
-    assert "what `plan` predicts: nothing; `python -m benchmarks scaling MODEL` measures" in markdown(measured)
+    assert "what `plan` predicts: nothing, for `scaling` has not measured such calls here" in markdown(measured)
     monkeypatch.setenv("EPD_CACHE", str(tmp_path))
     pipe = Pipeline.from_pretrained(bundles["sd3"])
     plan = pipe.plan("red", solver="epd", num_inference_steps=3, k=2)
-    taken = {"2 rows": 3.0, "4 rows": 6.0, "a picture in one call": 4.0, "decode": 0.5}
+    taken = {"2 rows": 3.0, "4 rows": 6.0, "a picture in one call of 2 rows": 4.0, "decode": 0.5}
     pipe.profile(plan).sittings = [{name: Timing(seconds, seconds, seconds) for name, seconds in taken.items()}]
     result = latency.measure(pipe, plan, 3, 1)
     assert result.predicted_seconds == 0.5 + 3 * 3 + 3 * 6 + 0.5

@@ -212,7 +212,7 @@ def test_references_that_disagree_are_refused(bundles, prompts, capsys):
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
         (["--calls", "0"], "must be 1 or more"),
         (["--count", "1"], "--count 2 or more"),
-        (["--reference-steps", "28"], "must be above the largest of --calls, 28"),
+        (["--reference-steps", "28"], "must be above the most calls that are compared, 28"),
         (["--csv", "nowhere/at/all.csv"], "no such folder"),
         (["--seeds", "0"], "must be 1 or more"),
         (["--figures", "nowhere/at.json"], "not a file in a folder that is there"),

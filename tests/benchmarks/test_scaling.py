@@ -114,7 +114,7 @@ def test_scaling_measures_anew_and_replaces(bundles, monkeypatch):
     scaling.measure(pipe, [2, 8], 4, 3)
     kept = Profile(pipe._key(plan)).sittings
     assert [sorted(sitting) for sitting in kept] == [
-        ["2 rows", "4 calls of 2 rows at once", "8 rows", "a picture in one call", "decode"]
+        ["2 rows", "4 calls of 2 rows at once", "8 rows", "a picture in one call of 2 rows", "decode"]
     ]
     assert kept[0]["2 rows"].seconds == pytest.approx(14)
 

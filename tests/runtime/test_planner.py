@@ -358,10 +358,11 @@ def test_the_newest_sitting_that_knows_a_whole_drawing():
     one = Timing(1.0, 1.0, 1.0)
     without = {"2 rows": one, "4 rows": one}
     whole = {"2 rows": one, "1 row": one, "2 calls of 2 rows at once": one, "decode": one}
-    whole["a picture in one call"] = Timing(5.0, 5.0, 5.0)
+    whole["a picture in one call of 2 rows"] = Timing(5.0, 5.0, 5.0)
     assert costs([without], 2) is None
     assert costs([without, whole], 2) == Costs({2: 1.0, 1: 1.0}, {2: 0.5}, 3.0, 1.0)
     assert costs([whole], 4) is None
+    assert costs([whole], 1) is None  # a guided drawing says nothing of one that is not
     assert costs([{**without, "2 rows": one}, whole], 2) == costs([whole], 2)  # a newer one that knows less
     assert costs([{**whole, "9 rows on DmlExecutionProvider 1": one}], 2) == costs([whole], 2)  # of another device
 

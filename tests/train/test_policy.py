@@ -138,7 +138,7 @@ def test_a_table_without_anything_to_learn_is_refused():
 
 def test_numbers_are_drawn_as_widely_as_leaves_pictures_alike():
     """In a world where pictures know how much every number moves them: each alone to 60 dB, a thousandth."""
-    given = table(midpoint="arithmetic")
+    given = table(midpoint="arithmetic", w=[*W[:3], [0.2, 0.8]])
     rng = np.random.default_rng(2)
     positions, weights, scales = rng.uniform(0.05, 5, 4), rng.uniform(0.05, 5, 4), rng.uniform(0.05, 5, (4, 4))
 
@@ -146,13 +146,12 @@ def test_numbers_are_drawn_as_widely_as_leaves_pictures_alike():
         logs = np.log(np.concatenate([one.scale_dir, one.scale_time], 1))
         return np.concatenate([(positions * one.r.T).T.ravel(), (weights * one.w.T).T.ravel(), (scales * logs).ravel()])
 
-    def pictures(tables):
-        """Two prompts; a pixel for every number."""
-        drawn = np.stack([numbers(one) for one in tables])[:, None, :, None] + 0.5
-        return np.stack([drawn, drawn + 0.1])
+    def change(own, tables):
+        """Of pictures that have a pixel for every number."""
+        return np.array([np.sqrt(np.square(numbers(one) - numbers(own)).mean()) for one in tables])
 
     count = numbers(given).size
-    reach = measured(given, pictures, 60.0)
+    reach = measured(given, change, 60.0)
     np.testing.assert_allclose(reach.scales * scales / np.sqrt(count), 1e-3, rtol=1e-2)
     drawn = Policy(given, reach)().draw(4000, np.random.default_rng(3))
     moved = Policy(given, reach).tables(drawn)
@@ -164,3 +163,8 @@ def test_numbers_are_drawn_as_widely_as_leaves_pictures_alike():
     np.testing.assert_allclose(by_weight[[0, 1, 3]], 1e-3, rtol=0.1)
     assert by_weight[2] == 0  # a point that is not asked for
     np.testing.assert_allclose(spread[16:] / np.sqrt(count), 1e-3, rtol=0.1)
+
+
+def test_rounding_that_hides_a_number_is_told(caplog):
+    measured(table(), lambda own, others: np.full(len(others), 1e-3), 75.0)
+    assert "numbers change pictures more than to 75 dB however little they are moved" in caplog.text

@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 import epd
 from epd.train import rewards, stage2
@@ -311,21 +312,32 @@ def test_the_command_writes_a_table_a_log_and_a_plot(tmp_path, bundles, capsys):
     Pipeline.from_pretrained(bundles["sd3"])("a red x", table=told["table"], seed=1)
 
 
-def test_how_far_numbers_may_be_moved_is_measured_once(tmp_path, bundles, capsys):
+def test_how_far_numbers_may_be_moved_is_measured_once(tmp_path, bundles, capsys, caplog):
+    long = "\n".join(f"a red {letter} and so on and so on and so on" for letter in "abcdefgh")
+
     def told(*more):
-        assert command(tmp_path, bundles["sd3"], "--alike", "50", *more) == 0
+        assert command(tmp_path, bundles["sd3"], "--alike", "50", *more, prompts=long) == 0
         return "measuring how far each number may be moved, on 4 prompts" in capsys.readouterr().err
 
+    def reach():
+        kept = load_file(tmp_path / "out" / "checkpoint.safetensors")
+        return {name: value for name, value in kept.items() if name.startswith("reach.")}
+
     assert told()
-    file = tmp_path / "out" / "reach.json"
-    kept, table = file.read_bytes(), epd.Table.load(tmp_path / "out.json")
+    assert len([line for line in caplog.messages if "the prompt is cut" in line]) == 2  # of two tokenizers
+    first, table = reach(), epd.Table.load(tmp_path / "out.json")
     assert table.provenance["settings"]["alike"] == 50
-    assert np.shape(json.loads(kept)["scales"]) == (table.steps, 2 * table.directions)
+    assert first["reach.scales"].shape == (table.steps, 2 * table.directions)
     assert not told("--iterations", "4")
-    assert file.read_bytes() == kept
-    file.write_bytes(kept[:100])
-    assert told("--iterations", "6")
-    assert file.read_bytes() == kept
+    assert all(np.array_equal(value, first[name]) for name, value in reach().items())
+    assert command(tmp_path, bundles["sd3"], "--alike", "40", prompts=long) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_prompt_that_looks_like_mathematics_is_drawn(tmp_path, bundles):
+    prompts = "\n".join(f"a $^$ {letter}" for letter in "abcdefgh")
+    assert command(tmp_path, bundles["sd3"], "--changed", tmp_path / "changed.png", prompts=prompts) == 0
+    assert (tmp_path / "changed.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_prompt_file_with_empty_lines_or_very_many(tmp_path, bundles, capsys):
@@ -373,8 +385,8 @@ def test_a_reward_that_breaks_loses_nothing(tmp_path, bundles, capsys, monkeypat
         (["--reward", "shapes"], "the reward shapes reads 64x64 pictures, this model draws 32x32"),
         (["--reward", "clip"], "needs its weights: give --reward-model clip=PATH"),
         (["--reward", "no.such.module"], "the reward no.such.module"),
-        (["--alike", "5"], "--alike must be 20 to 100 (dB), without --scales, got 5"),
-        (["--alike", "60", "--scales", "0.01"], "without --scales"),
+        (["--alike", "5"], "--alike must be 20 to 75 (dB), got 5"),
+        (["--alike", "60", "--scales", "0.01"], "takes the place of --scales and --concentration"),
         (["--group", "1"], "--group must be 2 or more"),
         (["--reward-model", "clip"], "is not KEY=VALUE"),
         (["--reference-calls", "1"], "a converged picture takes more"),

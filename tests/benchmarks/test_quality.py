@@ -1,6 +1,7 @@
 """`python -m benchmarks quality` on bundles small enough to read."""
 
 import csv
+import dataclasses
 import json
 import math
 
@@ -11,7 +12,7 @@ import epd
 from benchmarks import comparison, metrics, quality
 from benchmarks.__main__ import main
 from benchmarks.bench import Attempt, Bench, Trajectories
-from benchmarks.entrants import asked, entrants, references
+from benchmarks.entrants import asked, entrants, headline, own_solver, references
 from benchmarks.metrics import Judge, Networks, Opened, check_classifier, checked
 from runtime import figures, profiles
 from runtime.judge import psnr
@@ -344,6 +345,36 @@ def test_tables_meet_the_models_own_solver_in_its_own_steps(bundles, prompts, tm
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert "## Tables against euler in 3 calls, the model's own solver" in page
     assert f"- mine, 4 sequential calls: {'better' if over > 0 else 'worse'}, {over:+.2f} ± " in page
+
+
+def test_the_own_solver_meets_tables_only(bench, tmp_path):
+    epd.start_table([0.9, 0.5, 0.1], 2).save(tmp_path / "mine.json")
+    without = entrants(bench, [4], [], ["heun"])
+    assert all(attempt.calls == 4 for attempt in without)
+    beside = entrants(bench, [4], [tmp_path / "mine.json"], ["heun"], intervals=[(0.1, 0.5)])
+    assert [attempt.interval for attempt in beside if attempt.calls == 3] == [None]
+
+
+@pytest.mark.parametrize(("solver", "calls", "first"), [("heun", 5, "heun"), ("lcm", None, "euler")])
+def test_the_headline_begins_with_the_own_solver_in_its_own_steps(bundles, solver, calls, first, tmp_path):
+    """Of two calls a step too; Euler stands for one that adds noise."""
+    bench = Bench(Pipeline.from_pretrained(bundles["sd3"]), ["red", "blue"], 4.0, 2)
+    facts = bench.pipe.bundle.facts
+    bench.pipe.bundle = dataclasses.replace(
+        bench.pipe.bundle, facts=dataclasses.replace(facts, defaults=dataclasses.replace(facts.defaults, solver=solver))
+    )
+    own = own_solver(bench)
+    assert (None if own is None else own.calls) == calls
+    made = headline(bench, [])
+    assert (made[0].name, made[0].calls) == (first, calls or 20)
+    assert [attempt.calls for attempt in made[bool(own) :]] == [20] * 3
+
+
+def test_references_are_finer_than_the_own_solver_too(bundles, prompts, tmp_path, capsys):
+    epd.start_table([0.9, 0.5, 0.1], 2).save(tmp_path / "mine.json")
+    command = ["quality", str(bundles["sd3"]), "--prompts", prompts, "--calls", "1", "--solvers", "euler"]
+    assert main([*command, "--table", str(tmp_path / "mine.json"), "--reference-steps", "6"]) == 2
+    assert "--reference-steps 6 must be above the most calls that are compared, 6" in capsys.readouterr().err
 
 
 def test_work_beyond_a_limit_is_not_matched(bench, tmp_path):

@@ -96,9 +96,9 @@ def test_what_plan_predicts_is_told_beside_the_median(measured, bundles, monkeyp
 
 
 def test_what_is_wrong_is_told(measured):
-    slow = tuple(dataclasses.replace(call, seconds=9 * call.seconds) for call in measured.runs[2].calls)
-    other = dataclasses.replace(measured.runs[2], calls=slow, sha256="0" * 64, finite=False)
-    first, second, _ = measured.runs
+    first, second, third = measured.runs
+    slow = tuple(dataclasses.replace(call, seconds=9 * call.seconds) for call in first.calls)
+    other = dataclasses.replace(third, calls=slow, sha256="0" * 64, finite=False)
     same_calls = dataclasses.replace(second, calls=first.calls)
     told = markdown(dataclasses.replace(measured, runs=(first, same_calls, other, other)))
     assert "NOT THE SAME IN EVERY RUN" in told

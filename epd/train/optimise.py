@@ -5,7 +5,8 @@ prompt's picture from the same start noise, and moves the policy towards the tab
 
 Differences from the published recipe (arXiv 2512.22796 and its released code):
 - advantages are leave-one-out (RLOO) within one prompt **and** one noise; there, groups mix prompts and noises, and
-  what a prompt or a noise is worth hides what the table is;
+  what a prompt or a noise is worth hides what the table is; and in units of that group's spread where it is wide, so
+  that a few pictures that change much do not drown all others;
 - every prompt has G tables of its own, so that an iteration tries prompts x G tables, not G;
 - numbers may be drawn as widely as each, moved alone, leaves pictures alike (`epd.train.reach`);
 - a higher concentration: theirs (10 to 20) tries positions some 0.1 from the table's, where pictures are much worse;

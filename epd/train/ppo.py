@@ -11,15 +11,18 @@ Array = NDArray[np.float64]
 
 
 def advantages(rewards: Array) -> Array:
-    """Each reward (P, G) minus the mean of its group's others, in units of the root mean square of all; (P, G).
+    """Each reward (P, G) minus the mean of its group's others, (P, G): leave-one-out (RLOO; Kool et al. 2019).
 
-    Leave-one-out (RLOO; Kool et al. 2019): sums to 0 in every group. All 0 where no table differs from another.
+    In units of their group's root mean square, or of the median group's where that is larger: one picture in which an
+    attribute comes or goes is worth no more than others in which little changes, of which there are many. Sums to 0 in
+    every group. All 0 where no table differs from another.
     """
     group = rewards.shape[1]
     over = rewards - rewards[:, :1]  # exactly 0 where all are equal
     found = (over - over.mean(1, keepdims=True)) * group / (group - 1)
-    scale = np.sqrt(np.square(found).mean())
-    return np.asarray(found / scale if scale > 0 else found)
+    scale = np.sqrt(np.square(found).mean(1, keepdims=True))
+    differ = scale > 0
+    return np.asarray(found / np.maximum(scale, np.median(scale[differ])) if differ.any() else found)
 
 
 def surrogate(log_prob: Tensor, old: Tensor, advantage: Tensor, clip: float) -> tuple[Tensor, Tensor]:

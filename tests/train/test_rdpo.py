@@ -32,10 +32,18 @@ def test_an_advantage_is_a_reward_minus_the_mean_of_the_others():
     given = np.array([[1.0, 2.0, 6.0], [10.0, 10.0, 10.0]])
     plain = np.array([[-3.0, -1.5, 4.5], [0.0, 0.0, 0.0]])  # 1 - (2 + 6) / 2, 2 - (1 + 6) / 2, 6 - (1 + 2) / 2
     found = advantages(given)
-    np.testing.assert_allclose(found, plain / math.sqrt((9 + 2.25 + 20.25) / 6))
+    np.testing.assert_allclose(found, plain / math.sqrt((9 + 2.25 + 20.25) / 3))
     np.testing.assert_allclose(found.sum(1), 0, atol=1e-12)
     np.testing.assert_allclose(advantages(given + np.array([[100.0], [-7.0]])), found)  # the prompt
     np.testing.assert_array_equal(advantages(np.full((2, 3), 0.1)), np.zeros((2, 3)))
+
+
+def test_a_group_that_differs_widely_outweighs_no_other_and_one_that_hardly_differs_keeps_its_size():
+    group = np.array([-1.0, 0.0, 1.0])
+    found = advantages(np.stack([0.001 * group, 0.01 * group, 1000 * group]))
+    np.testing.assert_allclose(found[2], found[1])  # the median group's unit, and its own
+    np.testing.assert_allclose(found[0], found[1] / 10)
+    np.testing.assert_allclose(np.square(found[1]).mean(), 1)
 
 
 def test_the_objective_takes_the_worse_of_the_ratio_and_the_clipped_one():

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from epd.catalogue import SHIPPED
-from epd.table import Table
+from epd.table import Table, write_whole
 from runtime.__main__ import carried_out
 from runtime.bundle import TABLES, Bundle, best_first
 from runtime.errors import RequestError
@@ -105,7 +105,7 @@ def check_recipe(work: Path) -> None:
     if file.exists() or any(work.glob("shapes-*-calls*.json")):
         known = file.read_text(encoding="utf-8") if file.exists() else ""
     else:
-        file.write_text(known := text, encoding="utf-8")
+        write_whole(file, (known := text).encode())
     if known != text:
         raise RequestError(f"{work}: its tables were made by another recipe, {file.name} there; give another --work")
 

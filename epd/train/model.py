@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import shapes
 from runtime.bundle import describe, sha256
-from runtime.errors import BundleError
+from runtime.errors import BundleError, RequestError
 from runtime.facts import BACKBONE, Defaults, Facts, Source
 from runtime.parse import load_json
 from runtime.slopes import variance_preserving
@@ -29,6 +29,14 @@ from runtime.slopes import variance_preserving
 from ..solve import Points
 
 _OURS = Path(shapes.__file__).parent / "checkpoints"
+
+
+def check_device(option: str, name: str) -> None:
+    """RequestError where torch has no such device here."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=name)
+    except (RuntimeError, AssertionError):  # torch's own ways to say so
+        raise RequestError(f"{option} {name}: torch has none here; give cpu") from None
 
 
 class Model:

@@ -4,9 +4,9 @@ An iteration draws G tables from the policy (`epd.train.policy`) for each of a f
 prompt's picture from the same start noise, and moves the policy towards the tables whose pictures are worth more.
 
 Differences from the published recipe (arXiv 2512.22796 and its released code):
-- advantages are leave-one-out (RLOO) within one prompt **and** one noise; there, groups mix prompts and noises, and
-  what a prompt or a noise is worth hides what the table is; and in units of that group's spread where it is wide, so
-  that a few pictures that change much do not drown all others;
+- advantages are taken within one prompt **and** one noise; there, groups mix prompts and noises, and what a prompt or
+  a noise is worth hides what the table is; and in units of the group's own spread where it is wide, so that a few
+  pictures that change much do not drown all others;
 - every prompt has G tables of its own, so that an iteration tries prompts x G tables, not G;
 - numbers may be drawn as widely as each, moved alone, leaves pictures alike (`epd.train.reach`);
 - a higher concentration: theirs (10 to 20) tries positions some 0.1 from the table's, where pictures are much worse;
@@ -60,6 +60,7 @@ REACHED = 4  # prompts that reaches are measured on
 HALVINGS = 20  # of the way that a step is cut back to
 ADAPTED = 1.5  # times the learning rate at most, from one iteration to the next
 LOG, CHECKPOINT = "log.jsonl", "checkpoint.safetensors"  # in the work folder
+_FORMAT = 2  # of a checkpoint: another one is of a training that would end elsewhere
 PARAMETERS = ("r", "w", "scale_dir", "scale_time")  # of a table, what a policy changes
 
 
@@ -69,7 +70,7 @@ class Training:
     Parameters
     ----------
     prompts : sequence of str
-        At least 4, each once; `settings.validation` of them, a quarter at most, are set aside to choose by.
+        At least 4, each once; `settings.validation` of them, at most a quarter (but 2), are set aside to choose by.
     score : callable
         Carries out rollouts.
     names, weights : sequences
@@ -109,7 +110,8 @@ class Training:
         order = np.random.default_rng([settings.seed, 0]).permutation(len(prompts))
         aside = max(2, min(settings.validation, len(prompts) // 4))
         self.validation, self.prompts = ([prompts[i] for i in part] for part in np.split(order, [aside]))
-        told = [table.to_json(), list(prompts), asdict(settings) | {"iterations": 0}, names, list(weights), origin]
+        told = [_FORMAT, table.to_json(), list(prompts), asdict(settings) | {"iterations": 0}]
+        told += [names, list(weights), origin]
         self.fingerprint = hashlib.sha256(json.dumps(told).encode()).hexdigest()
         self.iteration = 0  # of those done
         self.best, self.best_iteration = self.first, 0
@@ -286,7 +288,7 @@ class Training:
         Raises
         ------
         RequestError
-            It is another training's.
+            It is another training's, or one of more iterations.
         """
         file = self.work / CHECKPOINT
         if not file.is_file():
@@ -299,6 +301,8 @@ class Training:
             raise RequestError(f"{file}: damaged ({error}); remove it to begin anew") from None
         if facts.get("fingerprint") != self.fingerprint:
             raise RequestError(f"{file}: of a training with other settings; give another --work, or remove it")
+        if facts["iteration"] > self.settings.iterations:
+            raise RequestError(f"{file}: {facts['iteration']} iterations are done; give as many, or another --work")
         self._begin(Reach(**{name: value.numpy() for name, value in under(tensors, "reach.").items()}))
         self.policy.load_state_dict(under(tensors, "policy."))
         restore(self.optimiser, tensors, "optimiser")
@@ -333,7 +337,10 @@ def _frozen(policy: Policy) -> Distribution:
 def read_log(work: Path) -> list[dict[str, Any]]:
     """What every iteration so far did; the first line is the given table on validation."""
     file = work / LOG
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    try:
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    except ValueError:
+        raise RequestError(f"{file}: damaged; give another --work, or remove the folder") from None
 
 
 def _in_words(line: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Leave-one-out advantages and the clipped objective of PPO. Knows nothing of tables or models."""
+"""Advantages within groups and the clipped objective of PPO. Knows nothing of tables or models."""
 
 from __future__ import annotations
 
@@ -8,21 +8,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Array = NDArray[np.float64]
+LEAST = 0.01  # of the root mean square of all groups: a group that differs by less is not worth a unit of its own
 
 
 def advantages(rewards: Array) -> Array:
-    """Each reward (P, G) minus the mean of its group's others, (P, G): leave-one-out (RLOO; Kool et al. 2019).
+    """Each reward (P, G) minus the mean of its group, in units of the group's spread; (P, G), 0 in sum in every group.
 
-    In units of their group's root mean square, or of the median group's where that is larger: one picture in which an
-    attribute comes or goes is worth no more than others in which little changes, of which there are many. Sums to 0 in
-    every group. All 0 where no table differs from another.
+    The unit is the root mean square of what a group's members are over the mean of the others (RLOO, Kool et al. 2019;
+    that mean's own share in it cancels), as in GRPO (Shao et al. 2024), but never less than the median group's, nor
+    than `LEAST` of all groups'. So rare pictures in which an attribute comes or goes are heard, but do not drown all
+    others; and this is no unbiased gradient of the mean reward: that is what validation is for. All 0 where no table
+    differs from another.
     """
-    group = rewards.shape[1]
     over = rewards - rewards[:, :1]  # exactly 0 where all are equal
-    found = (over - over.mean(1, keepdims=True)) * group / (group - 1)
-    scale = np.sqrt(np.square(found).mean(1, keepdims=True))
-    differ = scale > 0
-    return np.asarray(found / np.maximum(scale, np.median(scale[differ])) if differ.any() else found)
+    found = over - over.mean(1, keepdims=True)
+    spread = np.sqrt(np.square(found).mean(1, keepdims=True))
+    differ = spread > 0
+    if not differ.any():
+        return np.asarray(found)
+    least = max(np.median(spread[differ]), LEAST * np.sqrt(np.square(spread).mean()))
+    return np.asarray(found / np.maximum(spread, least))
 
 
 def surrogate(log_prob: Tensor, old: Tensor, advantage: Tensor, clip: float) -> tuple[Tensor, Tensor]:

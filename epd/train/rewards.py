@@ -135,7 +135,7 @@ def _own(name: str) -> Reward:
     module, _, function = name.rpartition(".")
     try:
         found: Reward | None = getattr(importlib.import_module(module), function, None)
-    except ImportError as error:
+    except (ImportError, SyntaxError, ValueError) as error:
         raise RequestError(f"the reward {name}: {error}") from None
     if not callable(found):
         raise RequestError(f"the reward {name}: {module} has no such function")

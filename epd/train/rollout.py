@@ -162,6 +162,7 @@ class Recipe:
 
         from . import model
 
+        model.check_device("--provider", self.provider)
         if self.threads:
             torch.set_num_threads(self.threads)
         return Torch(model.load(self.model, self.provider), self.guidance)

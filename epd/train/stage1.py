@@ -31,7 +31,7 @@ from ..table import Table
 from .begin import even, fitted
 from .cluster import connected
 from .learning import Learning, Recipe, score
-from .model import Model, load
+from .model import Model, check_device, load
 from .student import LEARNED
 from .teacher import REQUESTS, Lesson, Taught, digest, fine_grid
 
@@ -70,8 +70,7 @@ def distil(options: Namespace) -> None:
     """
     given = _given(options.from_table)
     task, recipe = _task(options, given), _recipe(options)
-    if not _device(options.device):
-        raise RequestError(f"--device {options.device}: torch has none here; give cpu")
+    check_device("--device", options.device)
     if options.ray is not None:
         if options.device != "cpu":
             raise RequestError("--ray makes trajectories on processors; leave --device or --ray out")
@@ -227,7 +226,7 @@ def _task(options: Namespace, given: Table | None) -> Task:
     start, n, k = options.start or "history", options.n or 5, options.k or 2
     order = 1 if options.order is None else options.order
     for holds, text in (
-        (options.n is None or options.n >= 1, f"-n must be 1 or more, got {options.n}"),
+        (options.n is None or 1 <= options.n <= 99, f"-n must be from 1 to 99, got {options.n}"),
         (options.k is None or options.k >= 1, f"-k must be 1 or more, got {options.k}"),
         (1 <= order <= 4, f"--order must be from 1 to 4, got {order}"),
         (order == 1 or start != "history", "--order: a start from history has none; leave it out, or --start call"),
@@ -280,14 +279,6 @@ def _order(options: Namespace, task: Task, model: Model, given: Table | None) ->
     if task.start == "afs" and model.facts.family == "sd3":
         raise RequestError("--start afs: is for sigma grids, not for flow matching; give call or history")
     return order
-
-
-def _device(name: str) -> bool:
-    try:
-        torch.zeros(1, dtype=torch.float64, device=name)
-    except (RuntimeError, AssertionError):  # torch's own ways to say so
-        return False
-    return True
 
 
 def _sentence(told: dict[str, Any], table: Table) -> str:

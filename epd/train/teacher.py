@@ -195,7 +195,7 @@ def trajectories(
 
     first = np.stack([randn(model.shape, seed) for seed in group.seeds]).astype(np.float64)
     solver = partial(TEACHERS[method], flow=model.facts.family == "sd3")
-    return teach(slope, times[0] * first, times, solver)
+    return teach(slope, (1.0 if model.facts.family == "sd3" else times[0]) * first, times, solver)
 
 
 def on_arrays(slope: Slope, device: str) -> Slope:

@@ -38,12 +38,20 @@ def test_an_advantage_is_a_reward_minus_the_mean_of_the_others():
     np.testing.assert_array_equal(advantages(np.full((2, 3), 0.1)), np.zeros((2, 3)))
 
 
-def test_a_group_that_differs_widely_outweighs_no_other_and_one_that_hardly_differs_keeps_its_size():
+def test_a_group_counts_by_its_order_not_by_how_widely_it_differs_unless_it_hardly_does():
     group = np.array([-1.0, 0.0, 1.0])
     found = advantages(np.stack([0.001 * group, 0.01 * group, 1000 * group]))
+    np.testing.assert_allclose(np.square(found).mean(1)[2], 1)  # its own unit
+    np.testing.assert_allclose(found[1], found[2] * 0.01 / (0.01 * 1000 * math.sqrt(1 / 3)))  # a share of all groups'
+    found = advantages(np.stack([0.001 * group, 0.01 * group, 0.02 * group]))
     np.testing.assert_allclose(found[2], found[1])  # the median group's unit, and its own
     np.testing.assert_allclose(found[0], found[1] / 10)
-    np.testing.assert_allclose(np.square(found[1]).mean(), 1)
+
+
+def test_rounding_is_no_group_of_its_own():
+    noise, told = np.array([-1e-8, 0, 1e-8]), np.array([-0.01, 0, 0.01])
+    found = advantages(np.stack([noise] * 9 + [told] * 7))
+    assert np.square(found[:9]).sum() < 1e-6 * np.square(found[9:]).sum()
 
 
 def test_the_objective_takes_the_worse_of_the_ratio_and_the_clipped_one():
@@ -174,6 +182,18 @@ def test_more_iterations_go_on_from_a_finished_training(tmp_path):
     training(tmp_path / "parts").run()
     found = training(tmp_path / "parts", longer).run()
     assert found.to_json() == whole.to_json()
+
+
+def test_fewer_iterations_than_are_done_are_refused(tmp_path):
+    training(tmp_path).run()
+    with pytest.raises(RequestError, match="4 iterations are done; give as many"):
+        training(tmp_path, replace(QUICK, iterations=2)).run()
+
+
+def test_a_damaged_log_is_told(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"iteration": 0\n')
+    with pytest.raises(RequestError, match="damaged; give another --work"):
+        read_log(tmp_path)
 
 
 def test_another_training_in_the_folder_is_refused_and_kept(tmp_path):
@@ -393,6 +413,8 @@ def test_a_reward_that_breaks_loses_nothing(tmp_path, bundles, capsys, monkeypat
         (["--reward", "shapes"], "the reward shapes reads 64x64 pictures, this model draws 32x32"),
         (["--reward", "clip"], "needs its weights: give --reward-model clip=PATH"),
         (["--reward", "no.such.module"], "the reward no.such.module"),
+        (["--reward", ".x"], "the reward .x"),
+        (["--backend", "torch", "--provider", "warp"], "--provider warp: torch has none here; give cpu"),
         (["--alike", "5"], "--alike must be 20 to 75 (dB), got 5"),
         (["--alike", "60", "--scales", "0.01"], "takes the place of --scales and --concentration"),
         (["--group", "1"], "--group must be 2 or more"),

@@ -147,7 +147,8 @@ class Fitting:
         table, _ = fit(best, slope, teacher, count)
         slope, reference = self.lesson("judge")
         noise = reference.x[0].astype(np.float64) / reference.times[0]
-        return table, best, judge(self.pipe, table, slope, noise, reference, self._fine().tolist())
+        prompts = [prompt for group in self.groups if group.role == "judge" for prompt in group.prompts]
+        return table, best, judge(self.pipe, table, slope, noise, reference, self._fine().tolist(), prompts)
 
     def lesson(self, *roles: str) -> tuple[Slope, Trajectories]:
         """The network over the images of these roles (learn, choose, judge), and their converged trajectories.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,13 @@ def interval(values: Any) -> Interval:
     mean, error = float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
     half = student(0.975, len(values) - 1) * error
     return Interval(mean, mean - half, mean + half)
+
+
+def independent(values: Any, groups: Sequence[str]) -> NDArray[np.float64]:
+    """Means over the groups of values (n,), each of a named group; of one group alone: its values, as they are."""
+    values, names = np.asarray(values, np.float64), np.asarray(groups)
+    kinds = list(dict.fromkeys(groups))
+    return np.array([values[names == kind].mean() for kind in kinds]) if len(kinds) > 1 else values
 
 
 def student(probability: float, freedom: int) -> float:

@@ -21,7 +21,7 @@ from epd.solvers import METHODS
 from .errors import RequestError
 from .facts import Facts
 from .grid import own_grid
-from .interval import interval
+from .interval import independent, interval
 from .pipeline import Pipeline
 from .slopes import variance_preserving
 
@@ -31,11 +31,12 @@ CONVERGED_DB = 40.0  # to which two converged solutions must agree
 
 @dataclass(frozen=True)
 class Judgement:
-    """PSNR in dB of held-out pictures to converged ones, mean over the images; None: not finite."""
+    """PSNR in dB of held-out pictures to converged ones, mean over each prompt's and over those; None: not finite."""
 
     psnr_db: float
-    half_width_db: float  # of its 95 % interval
+    half_width_db: float  # of its 95 % interval: over the prompts; over the images where there is one prompt only
     images: int
+    prompts: int  # different ones
     latent_db: float
     reference_db: float  # two converged solutions by different solvers agree to this
     training_free: dict[str, float | None]  # solver -> psnr_db at as many sequential calls, on the better of two grids
@@ -52,10 +53,13 @@ class Judgement:
             verdict = f"NO closer than {other}"
         else:
             verdict = f"no clear difference to {other}"
+        of = f"{self.images} pictures of {self.prompts} held-out prompt{'s' if self.prompts > 1 else ''}"
         line = (
-            f"{self.psnr_db:.1f} ± {self.half_width_db:.1f} dB to converged pictures of {self.images} held-out prompts "
+            f"{self.psnr_db:.1f} ± {self.half_width_db:.1f} dB to converged pictures ({of}) "
             f"at {calls} sequential calls: {verdict} (by {self.over_best_db:+.1f} ± {self.over_best_half_db:.1f} dB)"
         )
+        if self.prompts == 1:
+            line += "; ± is over noises of ONE prompt and says nothing of others, give 5 prompts or more"
         if self.reference_db < CONVERGED_DB:
             line += f"; NOT CONVERGED: two solutions agree to {self.reference_db:.1f} dB only, raise --teacher-calls"
         return line
@@ -74,7 +78,13 @@ def competitors(facts: Facts) -> list[str]:
 
 
 def judge(
-    pipe: Pipeline, table: epd.Table, slope: Slope, noise: Array, reference: Trajectories, check: Sequence[float]
+    pipe: Pipeline,
+    table: epd.Table,
+    slope: Slope,
+    noise: Array,
+    reference: Trajectories,
+    check: Sequence[float],
+    prompts: Sequence[str],
 ) -> Judgement:
     """Draws with a table and with every competitor, and compares with the reference's pictures.
 
@@ -87,6 +97,8 @@ def judge(
     reference : Trajectories
     check : sequence
         Fine grid on which DPM-Solver++(2M) solves once more, to see whether the reference has converged.
+    prompts : sequence
+        Of the B images: those of one prompt are no independent ones.
     """
     facts, flow = pipe.bundle.facts, pipe.bundle.facts.family == "sd3"
     first = float(reference.times[0])
@@ -96,28 +108,33 @@ def judge(
         x = last.x / end_scale(facts, grid[-1])
         return x, pipe.decode(x)
 
+    def compared(pictures: NDArray[np.float32]) -> Array:
+        return independent(psnr(pictures, picture), prompts)
+
     def competing(name: str) -> Array:
         found = []
         for own in (True, False):
             try:
                 grid = _grid(facts, name, table.sequential_calls, own)
                 scale = first if flow or not own else math.hypot(1, grid[0])
-                found.append(psnr(drawn(METHODS[name].build(grid, flow), grid, scale)[1], picture))
+                found.append(compared(drawn(METHODS[name].build(grid, flow), grid, scale)[1]))
             except (RequestError, FloatingPointError):  # no such grid for this checkpoint; a solver that diverges
                 continue
-        return max(found, key=np.mean, default=np.full(len(noise), -np.inf))
+        return max(found, key=np.mean, default=np.full(len(every), -np.inf))
 
     aim = reference.x[-1] / end_scale(facts, float(reference.times[-1]))
     picture = pipe.decode(aim)
     x, ours = drawn(epd.solvers.epd(table), table.times.tolist())
-    every, others = psnr(ours, picture), {name: competing(name) for name in competitors(facts)}
+    every = compared(ours)
+    others = {name: competing(name) for name in competitors(facts)}
     best = max(others, key=lambda name: float(others[name].mean()))
     again = drawn(epd.solvers.dpmpp_2m(check, flow), check)[1]
     mean, over = interval(every), interval(every - others[best])
     return Judgement(
         psnr_db=round(mean.mean, 2),
         half_width_db=round(mean.half, 2),
-        images=len(every),
+        images=len(noise),
+        prompts=len(set(prompts)),
         latent_db=round(float(decibels(x, aim).mean()), 2),
         reference_db=round(float(psnr(again, picture).mean()), 2),
         training_free={n: round(float(d.mean()), 2) if np.isfinite(d).all() else None for n, d in others.items()},

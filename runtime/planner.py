@@ -21,7 +21,8 @@ from epd.solvers import METHODS
 from .costs import Costs, Requests, costs, requests_of
 from .directions import Directions
 from .errors import RequestError
-from .figures import Figure, Figures, digest, of_bundle
+from .figures import FILE, Figure, Figures, digest, of_bundle
+from .judge import competitors
 from .pipeline import Pipeline
 from .plan import Plan
 from .tables import load_table
@@ -90,16 +91,51 @@ def advise(
     Raises
     ------
     RequestError
-        Nothing fits, or nothing is known of what calls cost here; the line says what to type.
+        Nothing fits, the bundles are not of one model, or nothing is known of what calls cost here; the line says what
+        to type.
     """
     found: list[Candidate] = []
-    notes: list[str] = []
-    for pipe in pipes:
-        figures, note = of_bundle(pipe.bundle)
+    notes = _of_one_model(pipes)
+    known = [of_bundle(pipe.bundle) for pipe in pipes]
+    _check_alike(pipes, [figures for figures, _ in known])
+    for pipe, (figures, note) in zip(pipes, known, strict=True):
         made, missing = candidates(pipe, figures, _costs(pipe), images)
         found += made
         notes += [note, *missing]
     return Advice(choose(found, budget, quality), tuple(found), tuple(dict.fromkeys(filter(None, notes))))
+
+
+def _of_one_model(pipes: Sequence[Pipeline]) -> list[str]:
+    """What is assumed of bundles that do not say their model; RequestError where two are of different ones.
+
+    A foreign folder's source is its path: it has to look like the others, no more.
+    """
+    first, *others = sorted((pipe.bundle for pipe in pipes), key=lambda bundle: bundle.foreign)  # stable
+    one, notes = first.facts, []
+    for bundle in others:
+        facts = bundle.facts
+        alike = (one.family, one.latent) == (facts.family, facts.latent)
+        named = (one.source.id, one.source.random_weights) == (facts.source.id, facts.source.random_weights)
+        if not alike or not (named or bundle.foreign):
+            raise RequestError(
+                f"{bundle.folder} is not of the model of {first.folder} ({facts.source.id}, {one.source.id}): their dB "
+                "cannot be compared; plan each by itself"
+            )
+        if not named:
+            notes.append(f"{bundle.folder} does not say its model: ASSUMED to be that of {first.folder}")
+    return notes
+
+
+def _check_alike(pipes: Sequence[Pipeline], found: Sequence[Figures]) -> None:
+    """RequestError where some figures are the model's own and others those of a model that stands in for it."""
+    own = {pipe.bundle.facts.source.id for pipe in pipes}
+    if len(measured := {None if figures.source in own else figures.source for figures in found}) > 1:
+        pipe = next(pipe for pipe, figures in zip(pipes, found, strict=True) if figures.source not in own)
+        told = ", ".join(sorted(filter(None, measured)))
+        raise RequestError(
+            f"quality of {pipe.bundle.folder} was never measured, dB of {told} cannot be compared with the others'; "
+            f"`python -m benchmarks quality {pipe.bundle.folder} --figures {pipe.bundle.folder / FILE}` measures it"
+        )
 
 
 def choose(found: Sequence[Candidate], budget: float | None = None, quality: float | None = None) -> Candidate:
@@ -142,7 +178,7 @@ def candidates(pipe: Pipeline, figures: Figures, known: Costs, images: int = 1) 
     precision = bundle.facts.components[bundle.backbone].precision
     lost = None if figures.precision == precision or bundle.facts.picture is None else bundle.facts.picture.psnr_db
     tables = {path: load_table(bundle.folder / path) for path in bundle.facts.tables}
-    rows = [*_with_tables(figures, tables, missing), *_training_free(figures)]
+    rows = [*_with_tables(figures, tables, competitors(bundle.facts), missing), *_training_free(figures)]
     widest, batches = 0, _batches(pipe)
     for row, basis, path in rows:
         table = None if path is None else str(bundle.folder / path)
@@ -152,7 +188,11 @@ def candidates(pipe: Pipeline, figures: Figures, known: Costs, images: int = 1) 
             str(bundle.folder), precision, row.solver, table, row.steps, row.k or 1, "batch", interval,
             0, 0, 0, psnr, basis, math.inf,
         )  # fmt: skip
-        plan = pipe.plan("", **draft.asked)
+        try:
+            plan = pipe.plan("", **draft.asked)
+        except RequestError as error:
+            missing.append(f"{draft.name}: left out, {error}")
+            continue
         if (done := _timed(draft, plan, requests_of(plan), known, images, batches)) is not None:
             found.append(done)
         else:
@@ -162,7 +202,7 @@ def candidates(pipe: Pipeline, figures: Figures, known: Costs, images: int = 1) 
             f"what {widest} directions at once cost is not known here; "
             f"`python -m benchmarks scaling {bundle.folder} -k {widest}` measures it"
         )
-    return found, missing
+    return found, list(dict.fromkeys(missing))  # the steps of a solver may lack the same
 
 
 def _timed(draft: Candidate, plan: Plan, asked: Requests, known: Costs, images: int, batches: bool) -> Candidate | None:
@@ -201,10 +241,10 @@ def _training_free(figures: Figures) -> Iterator[tuple[Figure, Basis, None]]:
 
 
 def _with_tables(
-    figures: Figures, tables: dict[str, epd.Table], missing: list[str]
+    figures: Figures, tables: dict[str, epd.Table], others: Sequence[str], missing: list[str]
 ) -> Iterator[tuple[Figure, Basis, str]]:
     """The bundle's tables: as measured, else as they tell (`shapes.tables` draws other captions), else as far above the
-    training-free solvers as their fit found them."""
+    best of the `others`, the solvers they were judged beside, as their fit found them."""
     for path, table in tables.items():
         key = digest(table)
         own = [row for row in figures.rows if row.table == key]
@@ -216,16 +256,18 @@ def _with_tables(
             yield Figure("epd", table.steps, table.quality_psnr, math.inf, table=key), "as told", path
             continue
         over = ((table.provenance or {}).get("held_out") or {}).get("over_best_db")
-        others = [row for row, _, _ in _training_free(figures) if _calls(row) <= table.sequential_calls]
-        if isinstance(over, int | float) and others:
-            psnr = max(row.psnr_db for row in others) + over
+        beside = {  # each in the most steps that fit, which come last
+            row.solver: row.psnr_db
+            for row, _, _ in _training_free(figures)
+            if row.solver in others
+            and row.guidance_interval is None
+            and row.steps * METHODS[row.solver].calls <= table.sequential_calls
+        }
+        if isinstance(over, int | float) and beside:
+            psnr = max(beside.values()) + over
             yield Figure("epd", table.steps, psnr, math.inf, table=key), "as fitted", path
         else:
             missing.append(f"{path}: left out, its quality was never measured")
-
-
-def _calls(row: Figure) -> int:
-    return row.steps * (2 if row.solver == "epd" else METHODS[row.solver].calls)
 
 
 def _added(one: float, other: float) -> float:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from runtime import png
 from runtime.errors import NotFiniteError, RequestError
-from runtime.interval import interval
+from runtime.interval import independent, interval
 from runtime.order import Order, groups, read_prompts
 from runtime.tables import check_table, differences
 
@@ -126,12 +126,14 @@ def _distilled(
         learning = Learning(recipe, start, learn, held, file, news, lambda: bar.update(1))
         bar.update(learning.progress.step)
         best = learning.run()
-    ours, theirs = score(best, judge, recipe.batch), score(start, judge, recipe.batch)
+    prompts = [prompt for group in roles if group.role == "judge" for prompt in group.prompts]
+    ours, theirs = (independent(score(table, judge, recipe.batch), prompts) for table in (best, start))
     mean, over = interval(ours), interval(ours - theirs)
     judgement = {
         "psnr_db": round(mean.mean, 2),
         "half_width_db": round(mean.half, 2),
-        "images": len(ours),
+        "images": len(prompts),
+        "prompts": len(set(prompts)),
         "start_psnr_db": round(float(theirs.mean()), 2),
         "over_start_db": round(over.mean, 2),
         "over_start_half_db": round(over.half, 2),
@@ -283,7 +285,7 @@ def _order(options: Namespace, task: Task, model: Model, given: Table | None) ->
 
 def _sentence(told: dict[str, Any], table: Table) -> str:
     return (
-        f"{told['psnr_db']:.1f} ± {told['half_width_db']:.1f} dB to converged pictures of {told['images']} held-out "
-        f"images at {table.sequential_calls} sequential calls, {table.total_evaluations} total evaluations; over the "
-        f"start table by {told['over_start_db']:+.2f} ± {told['over_start_half_db']:.2f} dB"
+        f"{told['psnr_db']:.1f} ± {told['half_width_db']:.1f} dB to converged ones of {told['images']} pictures of "
+        f"{told['prompts']} held-out prompts at {table.sequential_calls} sequential calls, {table.total_evaluations} "
+        f"total evaluations; over the start table by {told['over_start_db']:+.2f} ± {told['over_start_half_db']:.2f} dB"
     )

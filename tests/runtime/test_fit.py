@@ -50,6 +50,16 @@ def test_the_table_draws_and_says_where_it_came_from(bundle, family, tmp_path, m
     assert list((tmp_path / "cache").rglob("*.npz")) == []
 
 
+@pytest.mark.parametrize(
+    ("prompts", "words"), [(4, "(4 pictures of 1 held-out prompt)"), (6, "(4 pictures of 2 held-out prompts)")]
+)
+def test_pictures_of_one_prompt_are_not_taken_for_prompts(bundles, tmp_path, prompts, words):
+    order = Order(**SMALL | {"prompts": PROMPTS[:prompts], "trajectories": 8, "candidates": 1})
+    _, judgement = Fitting(Pipeline.from_pretrained(bundles["sd3"]), order, tmp_path).run()
+    assert words in judgement.told(3)
+    assert ("noises of ONE prompt" in judgement.told(3)) == (prompts == 4)
+
+
 def test_the_same_order_gives_the_same_table_whatever_the_groups(bundle, tmp_path, monkeypatch):
     tables = []
     for name, group in (("one", 16), ("other", 1)):

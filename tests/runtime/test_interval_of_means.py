@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from runtime.interval import interval, student
+from runtime.interval import independent, interval, student
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,11 @@ def test_pairing_removes_what_both_have():
     noise = np.random.default_rng(1).normal(0, 5, 40)
     difference = interval((noise + 1.5) - noise)
     assert (difference.mean, difference.half) == pytest.approx((1.5, 0), abs=1e-9)
+
+
+def test_values_of_one_group_count_once():
+    np.testing.assert_allclose(independent([1, 5, 3, 8], ["a", "b", "a", "b"]), [2, 6.5])
+    np.testing.assert_allclose(independent([1, 5], ["a", "a"]), [1, 5])  # nothing else to go by
 
 
 @pytest.mark.parametrize("values", [[], [1.0], [[1.0, 2.0]]])

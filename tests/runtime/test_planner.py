@@ -216,6 +216,50 @@ def test_the_precision_is_chosen_too(tmp_path, monkeypatch):
     }
 
 
+def renamed(folder, **source):
+    data = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
+    data["source"] |= source
+    (folder / "bundle.json").write_text(json.dumps(data), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def cheap(monkeypatch):
+    monkeypatch.setattr("runtime.planner._costs", lambda pipe: Costs({2: 1.0}, {}, 0.1, 0.1))
+
+
+@pytest.mark.parametrize(
+    ("family", "source"), [("sd15", {}), ("sd3", {"id": "another"}), ("sd3", {"random_weights": True})]
+)
+def test_bundles_of_two_models_are_not_ranked_together(family, source, cheap, tmp_path):
+    folders = tiny_bundle.bundle(tmp_path / "one", "sd3"), tiny_bundle.bundle(tmp_path / "other", family)
+    renamed(folders[1], **source)
+    with pytest.raises(RequestError, match=r"other is not of the model of .*one .* plan each by itself"):
+        advise([Pipeline.from_pretrained(folder) for folder in folders])
+
+
+def test_a_foreign_folder_does_not_say_its_model(cheap, tmp_path):
+    made = tiny_bundle.bundle(tmp_path / "made", "sd15"), tiny_bundle.bundle(tmp_path / "foreign", "sd15", bare=True)
+    other = tiny_bundle.bundle(tmp_path / "other", "sd3")
+    made, foreign, other = map(Pipeline.from_pretrained, (*made, other))
+    assert any(note.endswith(f"ASSUMED to be that of {made.bundle.folder}") for note in advise([foreign, made]).notes)
+    with pytest.raises(RequestError, match="is not of the model of"):
+        advise([foreign, other])
+    known(made, (Figure("euler", 4, 30.0, 1.0),))
+    with pytest.raises(RequestError, match=r"dB of .*shapes-sd15.* cannot be compared .* measures it"):
+        advise([foreign, made])
+
+
+def test_a_row_that_cannot_be_drawn_is_told_and_left_out(cheap, tmp_path):
+    pipe = Pipeline.from_pretrained(tiny_bundle.bundle(tmp_path / "model", "sd3"))
+    above = [Figure("heun", steps, 50.0, 1.0, guidance_interval=(90.0, 91.0)) for steps in (2, 5)]
+    known(pipe, (*above, Figure("euler", 4, 30.0, 1.0)))
+    advice = advise([pipe])
+    assert [one.name for one in advice.candidates] == ["euler"]
+    (note,) = (note for note in advice.notes if "90 91" in note)
+    assert note.startswith("heun: left out")
+
+
 def test_between_measured_steps_and_as_fitted(tmp_path):
     pipe = Pipeline.from_pretrained(tiny_bundle.bundle(tmp_path / "model", "sd3"))
     made = {
@@ -228,6 +272,7 @@ def test_between_measured_steps_and_as_fitted(tmp_path):
         pipe.bundle.install(table, f"{name}.json")
     pipe = Pipeline.from_pretrained(pipe.bundle.folder)
     rows = (Figure("euler", 2, 20.0, 1.0), Figure("euler", 8, 40.0, 1.0))
+    rows += (Figure("epd", 1, 50.0, 1.0, k=1), Figure("heun", 1, 50.0, 1.0, guidance_interval=(0.0, 1.0)))  # not judged
     found, missing = candidates(pipe, Figures("tiny", "sd3", "fp32", 4.0, 2, 2, rows), Costs({2: 1.0}, {}, 0, 0))
     assert {one.steps: (one.psnr_db, one.basis) for one in found if one.name == "euler"} == {
         n: (pytest.approx(20 + 20 * math.log(n / 2, 4)), "measured" if n in (2, 8) else "between") for n in range(2, 9)

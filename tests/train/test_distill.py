@@ -107,7 +107,7 @@ def test_a_table_is_distilled_and_draws_the_same_picture_without_torch(model, wo
         (["nowhere"], "nowhere: no such folder; give a diffusers checkpoint's, or one of shapes-sd15, shapes-sd3"),
         ([str(ROOT / "runtime/bundles/shapes-sd3")], "a bundle, which has no gradients"),
         ([str(ROOT / "shapes")], "model_index.json is missing"),
-        (["shapes-sd3", "-n", "0"], "-n must be 1 or more, got 0"),
+        (["shapes-sd3", "-n", "0"], "-n must be from 1 to 99, got 0"),
         (["shapes-sd3", "-k", "0"], "-k must be 1 or more, got 0"),
         (["shapes-sd3", "--order", "2"], "a start from history has none"),
         (["shapes-sd3", "--start", "call", "--order", "5"], "--order must be from 1 to 4"),

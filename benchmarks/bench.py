@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -150,9 +151,9 @@ class Bench:
     def kept(self, name: str, make: Callable[[], dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
         """What `make` gives; from the folder `work` where it is known by that name."""
         file = None if self.work is None else self.work / f"{name}.npz"
-        if file is not None and file.is_file():
-            with np.load(file, allow_pickle=False) as found:
-                return dict(found)
+        found = None if file is None else _load(file)
+        if found is not None:
+            return found
         made = make()
         if file is not None:
             _save(file, **made)
@@ -172,7 +173,9 @@ class Bench:
         try:
             *_, last = epd.solve(attempt.solver, attempt.start_scale * noise, slopes)
         except FloatingPointError as error:
-            raise NotFiniteError(f"{attempt.name}: {error}; leave it out with --solvers") from None
+            fixed = attempt.kind in ("reference", "table")
+            remedy = "give another --guidance-scale" if fixed else "leave it out with --solvers"
+            raise NotFiniteError(f"{attempt.name}: {error}; {remedy}") from None
         forwards = (slopes.guided_forwards - before) / len(noise)
         work = np.tile([last.calls, last.evaluations, forwards], (len(noise), 1)).astype(np.float64)
         return {"latents": (last.x / attempt.end_scale).astype(np.float32), "work": work}
@@ -189,14 +192,8 @@ class Bench:
         """What the result depends on; of the code only the version: give another folder when the solvers change."""
         from runtime.png import version
 
-        bundle = self.pipe.bundle
         parts: list[Any] = [version(), self.pipe.provider]
-        parts += [
-            bundle.fingerprint() or str(bundle.folder.resolve()),
-            list(self.prompts),
-            self.noise_seed,
-            self.guidance,
-        ]
+        parts += [self.pipe.identity(), list(self.prompts), self.noise_seed, self.guidance]
         parts += [attempt.name, attempt.times, attempt.start_scale, attempt.numbers, attempt.interval]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
@@ -243,6 +240,15 @@ def shown(pictures: NDArray[np.float32], scenes: Sequence[Scene]) -> NDArray[np.
 
     drawn = [Image.fromarray(np.rint(picture * 255).astype(np.uint8)) for picture in pictures]
     return np.array([accepts(picture, scene) for picture, scene in zip(drawn, scenes, strict=True)], np.float64)
+
+
+def _load(file: Path) -> dict[str, NDArray[Any]] | None:
+    """None: not there, or damaged."""
+    try:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as found:
+            return dict(found)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
 
 
 def _save(file: Path, **arrays: Any) -> None:

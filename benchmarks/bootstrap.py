@@ -1,12 +1,14 @@
 """95 % intervals by resampling prompts: of means, of Frechet distances, and of paired differences of either.
 
-Images of one prompt are not independent, so that whole prompts are drawn, all their images with them. All figures of a
-run are resampled alike: the difference of two estimates is a paired one. Intervals are basic ("reverse percentile")
-ones, which undo the bias that resampling gives a Frechet distance. Knows nothing of solvers.
+Images of one prompt are not independent, so that whole prompts are drawn, all their images with them, wherever they
+stand. All figures of a run are resampled alike: the difference of two estimates is a paired one. Intervals are basic
+("reverse percentile") ones, which undo the bias that resampling gives a Frechet distance, by which they may leave the
+figure itself outside. Knows nothing of solvers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,39 +61,54 @@ class Estimate:
 
 
 class Bootstrap:
-    """DRAWS resamples of P prompts, the same for all estimates; prompt p has images p * S to p * S + S - 1."""
+    """DRAWS resamples of P different prompts with all their images, the same for all estimates.
 
-    def __init__(self, prompts: int, seeds: int = 1, draws: int = DRAWS, seed: int = SEED) -> None:
-        rng = np.random.default_rng(seed)
-        self._prompts, self._seeds = prompts, seeds
-        self._shares = rng.multinomial(prompts, np.full(prompts, 1 / prompts), draws) / prompts  # (draws, P)
+    `prompts`: of every image; a number: so many images, no two of one prompt.
+    """
+
+    def __init__(self, prompts: Sequence[Hashable] | int, draws: int = DRAWS, seed: int = SEED) -> None:
+        images: dict[Hashable, list[int]] = {}
+        for image, prompt in enumerate(range(prompts) if isinstance(prompts, int) else prompts):
+            images.setdefault(prompt, []).append(image)
+        self._images = list(images.values())  # of each prompt
+        times = np.random.default_rng(seed).multinomial(len(images), np.full(len(images), 1 / len(images)), draws)
+        drawn = times * np.array([len(own) for own in self._images])
+        self._shares = drawn / drawn.sum(1, keepdims=True)  # (draws, P), of the images
 
     def mean(self, values: Array) -> Estimate:
-        """Of (P * S,) values."""
-        each = np.asarray(values, np.float64).reshape(self._prompts, self._seeds).mean(1)
-        return Estimate(float(each.mean()), self._shares @ each)
+        """Of one value an image."""
+        values = np.asarray(values, np.float64)
+        return Estimate(float(values.mean()), self._shares @ np.array([values[own].mean() for own in self._images]))
 
     def frechet(self, one: Array, other: Array) -> Estimate:
-        """The Frechet distance of the Gaussians of two sets of features, (P * S, d) each; below 0 never.
+        """The Frechet distance of the Gaussians of two sets of features, (images, d) each; below 0 never.
 
         |m1 - m2|^2 + tr(c1 + c2 - 2 (c1 c2)^(1/2)), Dowson and Landau 1982. It grows as images get fewer: compare it
         at equal numbers only.
         """
-        moments = [self._moments(features) for features in (one, other)]
-        value = float(frechet(*(_gaussian(np.full((1, self._prompts), 1 / self._prompts), m) for m in moments))[0])
+        one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+        value = float(frechet(_whole(one), _whole(other))[0])
         if one.shape[1] > MOST_FEATURES:
             return Estimate(value, None)
+        moments = [self._moments(features) for features in (one, other)]
         parts = np.array_split(self._shares, -(-len(self._shares) // 256))
         return Estimate(value, np.concatenate([frechet(*(_gaussian(part, m) for m in moments)) for part in parts]))
 
     def _moments(self, features: Array) -> tuple[Array, Array]:
         """Means of every prompt: (P, d), and of the products (P, d * d)."""
-        by_prompt = np.asarray(features, np.float64).reshape(self._prompts, self._seeds, -1)
-        products = np.einsum("psi,psj->pij", by_prompt, by_prompt) / self._seeds
-        return by_prompt.mean(1), products.reshape(self._prompts, -1)
+        by_prompt = [features[own] for own in self._images]
+        products = [(own.T @ own).ravel() / len(own) for own in by_prompt]
+        return np.stack([own.mean(0) for own in by_prompt]), np.stack(products)
 
 
 Gaussian = tuple[Array, Array]  # (n, d) means, (n, d, d) covariances
+
+
+def _whole(features: Array) -> Gaussian:
+    """Of all images."""
+    mean = features.mean(0)
+    apart = features - mean
+    return mean[None], (apart.T @ apart / len(features))[None]
 
 
 def _gaussian(shares: Array, moments: tuple[Array, Array]) -> Gaussian:

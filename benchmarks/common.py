@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import io
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,33 +44,56 @@ def add_outputs(command: argparse.ArgumentParser) -> None:
     command.add_argument("--plot", type=Path, metavar="PNG", help="draw it (needs matplotlib: the extra `plot`)")
 
 
-def check_outputs(options: argparse.Namespace) -> None:
-    """Refuses what cannot be written before anything is run."""
+def check_outputs(options: argparse.Namespace, *more: Path | None) -> None:
+    """Refuses what cannot be written, `more` files too, before anything is run."""
     from importlib.util import find_spec
 
     from runtime.errors import RequestError
 
     if options.plot is not None and find_spec("matplotlib") is None:
         raise RequestError("--plot needs matplotlib; install the extra: pip install 'epd-toolkit[plot]'")
-    for file in (options.csv, options.markdown, options.plot):
-        if file is not None and not file.parent.is_dir():
+    for file in (options.csv, options.markdown, options.plot, *more):
+        if file is not None:
+            _check_writable(file)
+
+
+def _check_writable(file: Path) -> None:
+    """Tries what `write` will do, without touching a file that is there."""
+    from runtime.errors import RequestError
+
+    try:
+        if not file.parent.is_dir():
             raise RequestError(f"{file}: no such folder; make it first")
-        if file is not None and file.is_dir():
+        if file.is_dir():
             raise RequestError(f"{file}: a folder; give a file name")
+        tried = file.with_name(f".{os.getpid()}.tmp") if os.path.lexists(file) else file
+        tried.touch()
+        tried.unlink()
+    except OSError as error:
+        raise RequestError(f"{file}: cannot be written ({error.strerror}); give another name") from None
 
 
-def publish(options: argparse.Namespace, result: Any, report: Any, csv: str) -> None:
-    """Writes what `add_outputs` offers and was asked for, and prints the tables, or the JSON.
+def publish(
+    options: argparse.Namespace, result: Any, report: Any, csv: str, more: Callable[[], None] = lambda: None
+) -> None:
+    """Prints the tables, or the JSON, and then writes the files that `add_outputs` offers and were asked for.
 
-    `report`: a module with `markdown(result)` and `plot(result, file)`.
+    `report`: a module with `markdown(result)` and `plot(result, file)`; `more` writes files besides.
     """
+    try:
+        print(json.dumps(result.to_json(), allow_nan=False) if options.json else report.markdown(result))
+    finally:  # as where nobody reads it any more
+        _write_files(options, result, report, csv)
+        more()
+
+
+def _write_files(options: argparse.Namespace, result: Any, report: Any, csv: str) -> None:
     if options.csv is not None:
         write(options.csv, csv)
     if options.markdown is not None:
         write(options.markdown, report.markdown(result))
     if options.plot is not None:
         report.plot(result, options.plot)
-    print(json.dumps(result.to_json(), allow_nan=False) if options.json else report.markdown(result))
 
 
 def write(file: Path, text: str) -> None:

@@ -45,9 +45,10 @@ def entrants(
     Raises
     ------
     RequestError
-        A table that does not fit the model, or an unknown name in `only`.
+        A table that does not fit the model, an unknown name in `only`, or an interval above every grid.
     """
     from runtime.errors import RequestError
+    from runtime.plan import checked_interval
 
     family = bench.pipe.bundle.facts.family
     plans = _plans(bench, tables)
@@ -66,6 +67,8 @@ def entrants(
     found += [_start_table(bench, k, n) for k in DIRECTIONS if "epd" in wanted for n in calls]
     found += _tables(plans, [*names, *(attempt.name for attempt in found if attempt is not None)])
     one = [attempt for attempt in found if attempt is not None]
+    for interval in intervals:
+        checked_interval(interval, max(attempt.times[0] for attempt in one))
     told = [(interval, f"{interval[0]:g} to {interval[1]:g}") for interval in intervals]
     one += [replace(a, name=f"{a.name}, guided {text}", interval=i) for i, text in told for a in one]
     own = own_solver(bench) if tables else None

@@ -165,7 +165,7 @@ def transfer(sources: Sequence[Case], targets: Sequence[Case], base: Design) -> 
 def _row(choice: str, value: str, drawn_on: str, found: Any, other: Any) -> Row:
     if found is None:
         return Row(choice, value, drawn_on, None, None)
-    resampled = Bootstrap(len(found), 1)
+    resampled = Bootstrap(len(found))
     ours = resampled.mean(found)
     over = None if other is None else (ours - resampled.mean(other)).figure()
     return Row(choice, value, drawn_on, ours.figure(), over)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,10 +72,17 @@ class Networks:
         )
 
     def _identity(self) -> str:
-        """Of the files: their sizes and times."""
-        files = [file for file in (self.lpips, self.inception, *self.rewards.values()) if file is not None]
-        known = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
-        return repr([known, list(self.rewards)])
+        """Of the files, and those under folders: their sizes and times; of a user's own rewards the source."""
+        given = [path for path in (self.lpips, self.inception, *self.rewards.values()) if path is not None]
+        files = [file for path in given for file in (path, *sorted(path.rglob("*"))) if file.is_file()]
+        known = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        return repr([known, [f"{name} {_source(name)}" if "." in name else name for name in self.rewards]])
+
+
+def _source(name: str) -> str:
+    """SHA-256 of the file of `package.module.function`; empty: it has none."""
+    file = importlib.import_module(name.rpartition(".")[0]).__file__
+    return "" if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -112,7 +120,7 @@ class Judge:
         networks: Opened,
     ) -> None:
         self._bench, self._truth, self._scenes = bench, truth, scenes
-        self.bootstrap = Bootstrap(len(bench.prompts) // bench.seeds, bench.seeds)
+        self.bootstrap = Bootstrap(bench.prompts)
         self._kept: dict[int, Pictures] = {}  # converged, by the first one's index
         self._identity = f"{source} {networks.identity} {_classifier() if scenes is not None else ''}"
         self._networks = networks

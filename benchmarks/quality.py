@@ -52,7 +52,7 @@ def add(commands: Any) -> None:
         choices=["headline"],
         help="headline: the model's own steps and 20, iPNDM-20, DPM-Solver++-20, tables",
     )
-    command.add_argument("--calls", type=int, nargs="+", default=CALLS, metavar="M", help=f"default {CALLS}")
+    command.add_argument("--calls", type=int, nargs="+", metavar="M", help=f"default {CALLS}")
     command.add_argument(
         "--most-work", type=float, default=math.inf, metavar="E",
         help="tables of more evaluations are not compared with solvers of as many (default: all are)",
@@ -121,9 +121,12 @@ def _run(options: argparse.Namespace) -> None:
     _check(options)
     with tempfile.TemporaryDirectory() if options.ray and options.work is None else nullcontext(options.work) as work:
         quality = _measured(options, None if work is None else Path(work))
-    if options.figures is not None:
-        quality.figures().save(options.figures)
-    publish(options, quality, report, report.comma_separated(quality))
+
+    def figures() -> None:
+        if options.figures is not None:
+            quality.figures().save(options.figures)
+
+    publish(options, quality, report, report.comma_separated(quality), figures)
 
 
 def _measured(options: argparse.Namespace, work: Path | None) -> Quality:
@@ -208,7 +211,7 @@ def _attempts(bench: Bench, options: argparse.Namespace) -> tuple[list[Attempt],
         return made, options.baseline or f"{made[0].name}@{made[0].calls}"
     intervals = [(low, high) for low, high in options.guidance_interval]
     return entrants(
-        bench, options.calls, tables, options.solvers, intervals, options.most_work
+        bench, options.calls or CALLS, tables, options.solvers, intervals, options.most_work
     ), options.baseline or "euler"
 
 
@@ -227,11 +230,12 @@ def _check(options: argparse.Namespace) -> None:
     """Refuses what cannot work before anything is run."""
     from runtime.errors import RequestError
 
-    if min(*options.calls, options.batch, options.seeds) < 1 or options.count < 2:
+    calls = options.calls or CALLS
+    if min(*calls, options.batch, options.seeds) < 1 or options.count < 2:
         raise RequestError("--calls, --seeds and --batch must be 1 or more, --count 2 or more")
     if options.reference_steps < 0 or options.seed < 0:
         raise RequestError("--reference-steps and --seed must be 0 or more")
-    _check_fine(options.reference_steps, max(options.calls))
+    _check_fine(options.reference_steps, max(calls))
     for low, high in options.guidance_interval:
         if not 0 <= low < high:
             raise RequestError(f"--guidance-interval is two sigmas with 0 <= LO < HI, got {low:g} {high:g}")
@@ -239,11 +243,16 @@ def _check(options: argparse.Namespace) -> None:
         raise RequestError("--figures and --lpips need a reference; leave --reference-steps 0 out")
     if options.ray and options.provider != "cpu":
         raise RequestError(f"--ray draws on the cores of a cluster; leave --provider {options.provider} or --ray out")
-    if options.preset == "headline" and options.most_work < math.inf:
-        raise RequestError("--preset headline compares at the model's own calls; leave --most-work out")
-    if options.figures is not None and (options.figures.is_dir() or not options.figures.parent.is_dir()):
-        raise RequestError(f"{options.figures}: not a file in a folder that is there; give another name")
-    check_outputs(options)
+    choices = {
+        "--most-work": options.most_work < math.inf,
+        "--calls": options.calls,
+        "--solvers": options.solvers,
+        "--guidance-interval": options.guidance_interval,
+    }
+    chosen = [name for name, given in choices.items() if given]
+    if options.preset == "headline" and chosen:
+        raise RequestError(f"--preset headline has solvers and calls of its own; leave {', '.join(chosen)} out")
+    check_outputs(options, options.figures)
 
 
 def _check_fine(steps: int, most: int) -> None:

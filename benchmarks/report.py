@@ -65,8 +65,10 @@ def markdown(quality: Quality) -> str:
 
 
 def _told(quality: Quality) -> str:
-    images = f"{quality.prompts} prompts, {quality.seeds} start noise{'s' * (quality.seeds > 1)} each"
-    images += f" (from seed {quality.seed})"
+    images = f"{quality.prompts} prompts, "
+    if quality.different_prompts < quality.prompts:
+        images += f"{quality.different_prompts} of them different, "
+    images += f"{quality.seeds} start noise{'s' * (quality.seeds > 1)} each (from seed {quality.seed})"
     text = (
         f"{images}, guidance {quality.guidance:g}, {quality.precision} on {quality.provider}. Means with 95 % "
         "intervals by resampling prompts; differences are paired, bold where their interval does not hold 0. Work and "
@@ -80,7 +82,10 @@ def _told(quality: Quality) -> str:
             f"reference: {', '.join(quality.left_out) or 'none'}. "
         )
     if any(metric(name).features for row in quality.rows for name in row.figures):
-        text += f"Frechet distances are to {quality.frechet_to}. "
+        text += (
+            f"Frechet distances are to {quality.frechet_to}; their intervals, in brackets, are without the bias that "
+            "few images give, and may lie below the figure. "
+        )
     return text.strip()
 
 
@@ -110,7 +115,7 @@ def _verdict(versus: Versus, name: str) -> str:
     """Better, worse or neither, and by how much."""
     over, rule = versus.over[name], metric(name)
     word = {True: "better", False: "worse", None: "no clear difference"}[over.clear(rule.higher)]
-    return f"{word}, {_signed(name, over)} {rule.title} over {versus.name}"
+    return f"{word}, {_value(name, over, '+')} {rule.title} over {versus.name}"
 
 
 def comma_separated(quality: Quality) -> str:
@@ -170,23 +175,24 @@ def _cells(row: Row, names: Sequence[str]) -> list[str]:
     return [row.solver, str(row.steps), *told, *(_value(name, row.figures.get(name)) for name in names)]
 
 
-def _value(name: str, figure: Figure | None) -> str:
+def _value(name: str, figure: Figure | None, sign: str = "") -> str:
+    """With half its interval's width; of Frechet distances, whose interval is not about the figure, both ends."""
     if figure is None:
         return ""
     form = metric(name).form
-    return f"{figure.mean:{form}}" + ("" if figure.half is None else f" ± {figure.half:{form}}")
-
-
-def _signed(name: str, figure: Figure) -> str:
-    form = metric(name).form
-    return f"{figure.mean:+{form}}" + ("" if figure.half is None else f" ± {figure.half:{form}}")
+    text = f"{figure.mean:{sign}{form}}"
+    if figure.half is None:
+        return text
+    if metric(name).features:
+        return f"{text} ({figure.low:{sign}{form}} to {figure.high:{sign}{form}})"
+    return f"{text} ± {figure.half:{form}}"
 
 
 def _differences(row: Row, versus: Versus | None, names: Sequence[str]) -> list[str]:
     cells = [row.solver]
     for name in names:
         figure = None if versus is None else versus.over.get(name)
-        text = "" if figure is None else _signed(name, figure)
+        text = _value(name, figure, "+")
         cells.append(f"**{text}**" if figure is not None and figure.clear() is not None else text)
     return cells
 
@@ -227,9 +233,10 @@ def _panel(axes: Any, rows: Sequence[Row], name: str, work: str) -> None:
         if not some:
             continue
         x, figures = [getattr(row, work) for row in some], [row.figures[name] for row in some]
-        spread = [[0.0 if f.low is None else max(0.0, f.mean - f.low) for f in figures],
-                  [0.0 if f.high is None else max(0.0, f.high - f.mean) for f in figures]]  # fmt: skip
-        axes.errorbar(x, [f.mean for f in figures], spread, label=label, elinewidth=0.6, **_look(some[0]))
+        (line,) = axes.plot(x, [f.mean for f in figures], label=label, **_look(some[0]))
+        for at, figure in zip(x, figures, strict=True):  # not error bars: the figure may lie outside
+            if figure.low is not None:
+                axes.vlines(at, figure.low, figure.high, line.get_color(), linewidth=0.6)
     axes.set_xscale("log")
     if not metric(name).higher:
         axes.set_yscale("log", nonpositive="clip")

@@ -127,7 +127,7 @@ def make_plan(
         guidance = facts.defaults.guidance if chosen is None or chosen.guidance is None else chosen.guidance
     if not math.isfinite(guidance):
         raise RequestError(f"the guidance scale must be a finite number, got {guidance}")
-    interval = _interval(guidance_interval, times[0])
+    interval = checked_interval(guidance_interval, times[0])
     if not ours and chosen is not None and (other := differences(facts, chosen, guidance, interval, (height, width))):
         log.warning("%s was made for %s", what, ", ".join(other))
     flow = facts.family == "sd3"
@@ -184,7 +184,7 @@ def _size(bundle: Bundle, height: int | None, width: int | None) -> tuple[int, i
     return high, wide
 
 
-def _interval(given: Sequence[float] | None, first: float) -> tuple[float, float] | None:
+def checked_interval(given: Sequence[float] | None, first: float) -> tuple[float, float] | None:
     """(lo, hi) sigma, checked against the grid's first."""
     if given is None:
         return None

@@ -2,21 +2,26 @@
 
 import csv
 import dataclasses
+import hashlib
 import json
 import math
+import os
+import shutil
 
 import numpy as np
 import pytest
 
 import epd
-from benchmarks import comparison, metrics, quality
+from benchmarks import comparison, metrics, quality, report
 from benchmarks.__main__ import main
 from benchmarks.bench import Attempt, Bench, Trajectories
 from benchmarks.entrants import asked, entrants, headline, own_solver, references
 from benchmarks.metrics import Judge, Networks, Opened, check_classifier, checked
 from runtime import figures, profiles
+from runtime.errors import NotFiniteError
 from runtime.judge import psnr
 from runtime.pipeline import Pipeline
+from runtime.png import version
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -108,6 +113,90 @@ def test_what_is_kept_belongs_to_one_provider_and_version(bench, monkeypatch):
     monkeypatch.setattr("runtime.png.version", lambda: "0.0.0")
     keys.add(bench.key(attempt))
     assert len(keys) == 3
+
+
+def test_what_is_kept_belongs_to_the_weights(bundles, tmp_path):
+    """The fingerprint's, as ever; a foreign folder's files."""
+    shutil.copytree(bundles["optimum"], tmp_path / "theirs")
+    own, foreign = (Bench(Pipeline.from_pretrained(f), ["red"], 4.0, 2) for f in (bundles["sd3"], tmp_path / "theirs"))
+    attempt = references(own, 40)[0]
+    told = [version(), "cpu", own.pipe.bundle.fingerprint(), ["red"], quality.NOISE_SEED, 4.0]
+    told += [attempt.name, attempt.times, attempt.start_scale, "", None]
+    assert own.key(attempt) == hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
+    before = foreign.key(attempt)
+    os.utime(tmp_path / "theirs" / "unet" / "model.onnx", (1, 1))
+    assert foreign.key(attempt) != before
+
+
+def test_what_is_kept_and_damaged_is_made_again(bench, tmp_path):
+    bench.work = tmp_path
+    made = bench.kept("some", lambda: {"x": np.arange(3)})
+    whole = (tmp_path / "some.npz").read_bytes()
+    (tmp_path / "some.npz").write_bytes(whole[:-30])
+    assert bench.kept("some", lambda: {"x": np.arange(4)})["x"].tolist() == [0, 1, 2, 3]
+    assert bench.kept("some", lambda: None)["x"].tolist() == [0, 1, 2, 3]
+    assert made["x"].tolist() == [0, 1, 2]
+
+
+def test_rewards_are_known_by_their_weights_and_source(tmp_path, monkeypatch):
+    """Those in a folder too; without networks the name of what is kept is as it was."""
+    assert Networks()._identity() == "[[], []]"
+    (tmp_path / "clip" / "deep").mkdir(parents=True)
+    weights, source = tmp_path / "clip" / "deep" / "model.bin", tmp_path / "my_own_reward.py"
+    monkeypatch.syspath_prepend(tmp_path)
+    found = []
+    for text in ("1", "22"):
+        weights.write_text(text)
+        found.append(Networks(rewards={"clip": tmp_path / "clip"})._identity())
+        source.write_text(f"def good(shot):\n    return {text}\n")
+        found.append(Networks(rewards={"my_own_reward.good": None})._identity())
+    assert len({*found}) == 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "remedy"),
+    [("solver", "leave it out with --solvers"), ("table", "another --guidance-scale"), ("reference", "another --guid")],
+)
+def test_only_solvers_can_be_left_out(bundles, monkeypatch, kind, remedy):
+    def fails(*_):
+        raise FloatingPointError("NaN")
+
+    monkeypatch.setattr(epd, "solve", fails)
+    bench = Bench(Pipeline.from_pretrained(bundles["sd3"]), ["red"], 4.0, 2)
+    with pytest.raises(NotFiniteError, match=f"mine: NaN; .*{remedy}"):
+        bench.part(Attempt("mine", None, (1.0, 0.0), 1.0, 1.0, kind=kind), slice(0, 1))
+
+
+def test_the_same_caption_twice_is_one_prompt(bundles):
+    """Told with how many differ, and that intervals of so few are too narrow."""
+    bench = Bench(Pipeline.from_pretrained(bundles["sd3"]), ["red", "blue cat", "red"], 4.0, 2, seeds=2)
+    found = comparison.measure(bench, entrants(bench, [4], [], ["euler"]), None, 60)
+    assert (found.prompts, found.different_prompts) == (3, 2)
+    assert found.notes == ("Intervals of so few prompts, 2, are too narrow",)
+    page = report.markdown(found)
+    assert "3 prompts, 2 of them different, 2 start noises each" in page
+    assert f"**{found.notes[0]}**" in page
+
+
+def test_the_result_is_printed_before_files_are_written(bundles, prompts, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "x.csv")
+
+    monkeypatch.setattr("benchmarks.common.write", full)
+    command = ["quality", str(bundles["sd3"]), "--prompts", prompts, *SHORT, "--solvers", "euler", "--json"]
+    assert main([*command, "--csv", str(tmp_path / "x.csv")]) == 2
+    assert json.loads(capsys.readouterr().out)["rows"]
+
+
+def test_files_are_written_where_nobody_reads_the_result(bundles, prompts, tmp_path, monkeypatch):
+    def gone(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("benchmarks.common.print", gone, raising=False)
+    command = ["quality", str(bundles["sd3"]), "--prompts", prompts, *SHORT, "--solvers", "euler"]
+    files = {form: tmp_path / form for form in ("csv", "figures")}
+    assert main([*command, *(word for form, file in files.items() for word in (f"--{form}", str(file)))]) == 0
+    assert all(file.is_file() for file in files.values())
 
 
 def test_the_first_images_are_those_of_all(bench):
@@ -215,8 +304,14 @@ def test_references_that_disagree_are_refused(bundles, prompts, capsys):
         (["--count", "1"], "--count 2 or more"),
         (["--reference-steps", "28"], "must be above the most calls that are compared, 28"),
         (["--csv", "nowhere/at/all.csv"], "no such folder"),
+        (["--csv", f"{'x' * 300}.csv"], "cannot be written"),
+        (["--figures", f"{'x' * 300}.json"], "cannot be written"),
         (["--seeds", "0"], "must be 1 or more"),
-        (["--figures", "nowhere/at.json"], "not a file in a folder that is there"),
+        (["--figures", "nowhere/at.json"], "no such folder"),
+        (["--preset", "headline", "--calls", "4"], "solvers and calls of its own; leave --calls out"),
+        (["--preset", "headline", "--solvers", "heun", "--most-work", "9"], "leave --most-work, --solvers out"),
+        (["--preset", "headline", "--guidance-interval", "0", "1"], "leave --guidance-interval out"),
+        (["--prompts", "PROMPTS", "--guidance-interval", "5", "6"], "5 6 lies above the grid, which starts at sigma 1"),
         (["--guidance-interval", "2", "1"], "two sigmas with 0 <= LO < HI"),
         (["--reference-steps", "0", "--figures", "f.json"], "need a reference"),
         (["--prompts", "PROMPTS", "--baseline", "heun", "--solvers", "euler"], "no baseline 'heun' among what is run"),

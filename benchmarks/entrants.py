@@ -42,12 +42,16 @@ def entrants(
     The numbers of calls are those given and, so that tables meet their equals, the sequential calls of every table and
     its total evaluations, where these are no more than `most_work`.
 
+    Parameters
+    ----------
+    only : sequence, optional
+        These and Euler: NAME, at each number of calls, or NAME@M, at M calls alone.
+
     Raises
     ------
     RequestError
         A table that does not fit the model, an unknown name in `only`, or an interval above every grid.
     """
-    from runtime.errors import RequestError
     from runtime.plan import checked_interval
 
     family = bench.pipe.bundle.facts.family
@@ -56,15 +60,12 @@ def entrants(
     work = {one.total_evaluations for one in made if one.total_evaluations <= most_work}
     calls = sorted({*calls, *(one.sequential_calls for one in made), *work})
     methods = [m.name for m in epd.solvers.METHODS.values() if not m.noisy and m.calls and family in m.families]
-    names = [*methods, "epd", *PARALLEL]
-    wanted = {*names} if only is None else {*only, "euler"}
-    unknown = sorted(wanted - {*names})
-    if unknown:
-        raise RequestError(f"unknown solver {unknown[0]!r}; choose from {', '.join(names)}")
-    found = [_method(bench, name, n) for name in methods if name in wanted for n in calls]
     if not bench.flow:
-        found += [_method(bench, name, n, even=True) for name in methods if name in wanted for n in calls]
-    found += [_start_table(bench, k, n) for k in DIRECTIONS if "epd" in wanted for n in calls]
+        methods += [name + EVEN for name in methods]
+    names = [*methods, "epd", *PARALLEL]
+    wanted = dict.fromkeys(names, calls) if only is None else _wanted(only, names, calls)
+    found = [_method(bench, name, n) for name in methods for n in wanted.get(name, ())]
+    found += [_start_table(bench, k, n) for k in DIRECTIONS for n in wanted.get("epd", ())]
     found += _tables(plans, [*names, *(attempt.name for attempt in found if attempt is not None)])
     one = [attempt for attempt in found if attempt is not None]
     for interval in intervals:
@@ -75,6 +76,23 @@ def entrants(
     if own is not None and (own.name, own.calls) not in {(attempt.name, attempt.calls) for attempt in one}:
         one.append(own)
     return one + [_parallel(bench, n, tolerance) for n in PARALLEL if n in wanted for tolerance in TOLERANCES]
+
+
+def _wanted(only: Sequence[str], names: Sequence[str], calls: Sequence[int]) -> dict[str, list[int]]:
+    """The numbers of calls of each solver that was asked for, as NAME or NAME@M; Euler's in any case."""
+    from runtime.errors import RequestError
+
+    found: dict[str, set[int]] = {}
+    for one in only:
+        name, at, number = one.partition("@")
+        if name not in names:
+            raise RequestError(f"unknown solver {name!r}; choose from {', '.join(names)}")
+        if at and (name in PARALLEL or not number.isdecimal() or int(number) < 1):
+            told = "finds its calls by running" if name in PARALLEL else "M is a number of calls, 1 or more"
+            raise RequestError(f"--solvers {one}: {told}; give {name}{'' if name in PARALLEL else '@6'}")
+        found.setdefault(name, set()).update([int(number)] if at else calls)
+    found.setdefault("euler", set(calls))
+    return {name: sorted(some) for name, some in found.items()}
 
 
 def own_solver(bench: Bench) -> Attempt | None:
@@ -125,21 +143,22 @@ def _tables(plans: dict[Path, Any], taken: Sequence[str]) -> list[Attempt]:
     return [_of_table(names[file], "table", plan, plan.table.sequential_calls) for file, plan in plans.items()]
 
 
-def _method(bench: Bench, name: str, calls: int, even: bool = False) -> Attempt | None:
+def _method(bench: Bench, name: str, calls: int) -> Attempt | None:
     """A training-free solver with the most steps that fit; None where not even one does.
 
-    `even` (SD1.5): network times evenly from the last to the first, instead of the checkpoint's `leading` ones, from
+    NAME even (SD1.5): network times evenly from the last to the first, instead of the checkpoint's `leading` ones, from
     the references' start.
     """
+    method = name.removesuffix(EVEN)
     for steps in range(calls, 0, -1):
-        plan = bench.pipe.plan("", solver=name, num_inference_steps=steps)
+        plan = bench.pipe.plan("", solver=method, num_inference_steps=steps)
         times, scale, end = plan.times, plan.start_scale, plan.end_scale
-        if even:
+        if name.endswith(EVEN):
             times = tuple(epd.schedule.shifted(steps, 1.0, variance_preserving(bench.pipe.bundle.facts)).tolist())
             scale, end = times[0], math.hypot(1, times[-1])
-        solver = epd.solvers.METHODS[name].build(times, bench.flow)
+        solver = epd.solvers.METHODS[method].build(times, bench.flow)
         if asked(solver) <= calls:
-            return Attempt(name + EVEN if even else name, solver, times, scale, end, calls)
+            return Attempt(name, solver, times, scale, end, calls)
     return None
 
 

@@ -61,8 +61,9 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--solvers",
         nargs="+",
-        metavar="NAME",
-        help="only these and euler; epd: the start tables (default: all); tables meet the model's own in any case",
+        metavar="NAME[@M]",
+        help="only these (at M calls alone) and euler; epd: the start tables (default: all); "
+        "tables meet the model's own in any case",
     )
     command.add_argument("--prompts", type=Path, metavar="FILE", help="one a line (default: held-out captions)")
     command.add_argument("--count", type=int, default=64, metavar="B", help="prompts used (default 64)")

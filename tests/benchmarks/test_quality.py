@@ -56,6 +56,18 @@ def test_every_solver_has_the_most_steps_that_fit(bench):
     assert not {m.name for m in methods if m.noisy} & found
 
 
+def test_solvers_are_chosen_by_the_names_they_are_told_by(bench):
+    def chosen(*only):
+        return [(one.name, one.calls) for one in entrants(bench, [4, 6], [], only)]
+
+    assert chosen("dpmpp_2m") == [("euler", 4), ("euler", 6), ("dpmpp_2m", 4), ("dpmpp_2m", 6)]
+    assert chosen("dpmpp_2m@5", "euler@4") == [("euler", 4), ("dpmpp_2m", 5)]
+    assert chosen("dpmpp_2m@5", "dpmpp_2m", "euler@4")[1:] == [("dpmpp_2m", n) for n in (4, 5, 6)]
+    assert len(chosen("epd@6", "euler@4")) == 4  # K = 1, 2, 3
+    if not bench.flow:
+        assert chosen("dpmpp_2m even@5", "euler@4") == [("euler", 4), ("dpmpp_2m even", 5)]
+
+
 @pytest.mark.slow
 def test_work_is_what_the_driver_counts(bench):
     """Alone and by hand, image by image: the same latents, the same calls; guidance doubles the rows."""
@@ -78,7 +90,8 @@ def test_tables_and_even_entrants_start_where_the_references_do(bench, tmp_path)
     first = 1.0 if bench.flow else float(epd.schedule.SD15.sigma(999))
     epd.start_table([first, first / 2, first / 100], 2).save(file)
     pair = references(bench, 40)
-    found = entrants(bench, [4], [file], ["euler", "dpmpp_2m"])
+    names = ["euler", "dpmpp_2m", *(() if bench.flow else ("euler even", "dpmpp_2m even"))]
+    found = entrants(bench, [4], [file], names)
     same = [*pair, *(one for one in found if one.kind == "table" or one.name.endswith(" even"))]
     assert len(same) == (3 if bench.flow else 7)  # both in 4 calls and, as many as the table evaluates, in 6
     assert {(one.times[0], one.start_scale) for one in same} == {(first, first)}
@@ -315,6 +328,9 @@ def test_references_that_disagree_are_refused(bundles, prompts, capsys):
         (["--guidance-interval", "2", "1"], "two sigmas with 0 <= LO < HI"),
         (["--reference-steps", "0", "--figures", "f.json"], "need a reference"),
         (["--prompts", "PROMPTS", "--baseline", "heun", "--solvers", "euler"], "no baseline 'heun' among what is run"),
+        (["--prompts", "PROMPTS", "--solvers", "hein@4"], "unknown solver 'hein'; choose from euler"),
+        (["--prompts", "PROMPTS", "--solvers", "heun@x"], "M is a number of calls, 1 or more; give heun@6"),
+        (["--prompts", "PROMPTS", "--solvers", "parataa@4"], "finds its calls by running; give parataa"),
         (["--prompts", "PROMPTS", "--baseline", "euler@5", "--solvers", "euler"], "is not run at '5' calls"),
         (["--prompts", "PROMPTS", "--reward-model", "hpsv2=x"], "not among --reward; leave it out"),
         (["--prompts", "PROMPTS", "--teacher", "OTHER"], "no bundle of the same model"),

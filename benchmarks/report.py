@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -227,13 +227,18 @@ def plot(quality: Quality, file: Path) -> None:
 
 def _panel(axes: Any, rows: Sequence[Row], name: str, work: str) -> None:
     """One metric against one kind of work, a line for every solver."""
+    alike: dict[int | None, int] = {}  # tables so far, by K
     for label in dict.fromkeys(_label(row) for row in rows):
         some = [row for row in rows if _label(row) == label and name in row.figures and getattr(row, work) is not None]
         some.sort(key=lambda row: getattr(row, work))
         if not some:
             continue
+        look = _look(some[0])
+        if some[0].kind == "table":
+            alike[some[0].k] = alike.get(some[0].k, -1) + 1
+            look["linestyle"] = _DASHES[alike[some[0].k] % len(_DASHES)]
         x, figures = [getattr(row, work) for row in some], [row.figures[name] for row in some]
-        (line,) = axes.plot(x, [f.mean for f in figures], label=label, **_look(some[0]))
+        (line,) = axes.plot(x, [f.mean for f in figures], label=label, **look)
         for at, figure in zip(x, figures, strict=True):  # not error bars: the figure may lie outside
             if figure.low is not None:
                 axes.vlines(at, figure.low, figure.high, line.get_color(), linewidth=0.6)
@@ -241,19 +246,26 @@ def _panel(axes: Any, rows: Sequence[Row], name: str, work: str) -> None:
     if not metric(name).higher:
         axes.set_yscale("log", nonpositive="clip")
     if work != "seconds":
-        most = max(getattr(row, work) for row in rows)
-        ticks = (
-            _calls(rows) if work == "sequential_calls" else [n for n in (4, 6, 10, 20, 40, 80, 160) if n <= 1.3 * most]
-        )
+        ticks = [round(x) for x in _apart(getattr(row, work) for row in rows)]
         axes.set_xticks(ticks, list(map(str, ticks)))
         axes.minorticks_off()
     plain(axes)
+
+
+def _apart(values: Iterable[float]) -> list[float]:
+    """Those that have room for a number each on a logarithmic axis."""
+    found: list[float] = []
+    for value in sorted({*values}):
+        if not found or value >= 1.12 * found[-1]:
+            found.append(value)
+    return found
 
 
 _COLOURS = {"euler": "black", "heun": "0.55", "dpm2": "0.7", "dpmpp": "tab:blue", "unipc": "tab:green",
             "deis": "tab:purple", "ipndm": "tab:orange", "paradigms": "tab:brown", "parataa": "tab:olive",
             "start table K": "lightcoral"}  # fmt: skip
 _TABLES = ("firebrick", "deeppink", "crimson", "orangered")  # by K
+_DASHES = ("-", "--", ":", "-.")  # of tables of as many directions
 _MARKERS = {"1": "o", "2": "s", "3": "^", "4": "D", "2s": "v", "2m": "s", "3m": "^"}
 
 

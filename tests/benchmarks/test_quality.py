@@ -289,6 +289,11 @@ def _check_planners(rows, made, digest):
     assert [(row.steps, row.table) for row in made.rows if row.table] == [(2, digest)]
 
 
+def test_numbers_of_an_axis_do_not_overlap():
+    assert report._apart([20, 4, 19, 6, 6, 7]) == [4, 6, 7, 19]
+    assert report._apart([]) == []
+
+
 def test_euler_is_zero_over_itself_and_errors_are_finite(bundles, prompts, capsys):
     assert main(["quality", str(bundles["sd3"]), "--prompts", prompts, *SHORT, "--solvers", "euler", "--json"]) == 0
     _, *rows = json.loads(capsys.readouterr().out)["rows"]

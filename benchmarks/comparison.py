@@ -37,6 +37,7 @@ class Versus:
     name: str
     calls: int | None
     over: Mapping[str, Figure]
+    among: int = 1  # how many it was the best of
 
 
 @dataclass(frozen=True)
@@ -221,27 +222,28 @@ class Others:
     baseline: str
     own: str  # NAME@CALLS: the model's own solver in its own steps; empty: it adds noise
 
-    def versus(self, figures: Measured, other: tuple[Attempt, Measured] | None) -> Versus | None:
+    def versus(self, figures: Measured, other: tuple[Attempt, Measured] | None, among: int = 1) -> Versus | None:
         if other is None:
             return None
         attempt, theirs = other
         over = {name: (figures[name] - theirs[name]).figure() for name in figures if name in theirs}
-        return Versus(attempt.name, attempt.calls, over)
+        return Versus(attempt.name, attempt.calls, over, among)
+
+    def versus_best(self, figures: Measured, calls: int) -> Versus | None:
+        """Against the training-free solver within so many calls that does best by the first metric."""
+        free = [one for one in self.measured if one[0].kind == "solver" and one[0].calls == calls]
+        if not free:
+            return None
+        first = next(iter(free[0][1]))
+        sign = 1 if metric(first).higher else -1
+        best = max(free, key=lambda one: sign * one[1][first].value)
+        return self.versus(figures, best, len(free))
 
     def named(self, calls: int | None, baseline: str) -> tuple[Attempt, Measured] | None:
         """A baseline of an attempt within so many calls."""
         name, _, fixed = baseline.partition("@")
         wanted = int(fixed) if fixed else calls
         return next((one for one in self.measured if (one[0].name, one[0].calls) == (name, wanted)), None)
-
-    def best(self, calls: int) -> tuple[Attempt, Measured] | None:
-        """The training-free solver within so many calls that does best by the first metric."""
-        free = [one for one in self.measured if one[0].kind == "solver" and one[0].calls == calls]
-        if not free:
-            return None
-        first = next(iter(free[0][1]))
-        sign = 1 if metric(first).higher else -1
-        return max(free, key=lambda one: sign * one[1][first].value)
 
 
 def _row(attempt: Attempt, ran: Any, figures: Measured, seconds: float | None, others: Others) -> Row:
@@ -263,8 +265,8 @@ def _row(attempt: Attempt, ran: Any, figures: Measured, seconds: float | None, o
         seconds=seconds,
         figures={name: estimate.figure() for name, estimate in figures.items()},
         baseline=others.versus(figures, others.named(attempt.calls, others.baseline)),
-        closest=others.versus(figures, others.best(table.sequential_calls)) if learned else None,
-        closest_by_work=others.versus(figures, others.best(table.total_evaluations)) if learned else None,
+        closest=others.versus_best(figures, table.sequential_calls) if learned else None,
+        closest_by_work=others.versus_best(figures, table.total_evaluations) if learned else None,
         own_solver=others.versus(figures, others.named(None, others.own)) if learned else None,
     )
 

@@ -23,6 +23,7 @@ DIRECTIONS = (1, 2, 3)  # K of the start tables
 PARALLEL = {"paradigms": epd.parallel.paradigms, "parataa": epd.parallel.parataa}
 TOLERANCES = (1e-1, 1e-2, 1e-3)  # of those
 PARALLEL_STEPS = 28
+MOST_CALLS = 1000  # of a solver that is asked for at so many
 HEADLINE = ("ipndm_3", "dpmpp_2m")
 
 
@@ -50,7 +51,7 @@ def entrants(
     Raises
     ------
     RequestError
-        A table that does not fit the model, an unknown name in `only`, or an interval above every grid.
+        A table that does not fit the model, a name or number in `only` that cannot be, or an interval above every grid.
     """
     from runtime.plan import checked_interval
 
@@ -79,7 +80,8 @@ def entrants(
 
 
 def _wanted(only: Sequence[str], names: Sequence[str], calls: Sequence[int]) -> dict[str, list[int]]:
-    """The numbers of calls of each solver that was asked for, as NAME or NAME@M; Euler's in any case."""
+    """The numbers of calls of each solver that was asked for, as NAME or NAME@M; Euler at those of all others, unless
+    it is asked for, too."""
     from runtime.errors import RequestError
 
     found: dict[str, set[int]] = {}
@@ -87,11 +89,15 @@ def _wanted(only: Sequence[str], names: Sequence[str], calls: Sequence[int]) -> 
         name, at, number = one.partition("@")
         if name not in names:
             raise RequestError(f"unknown solver {name!r}; choose from {', '.join(names)}")
-        if at and (name in PARALLEL or not number.isdecimal() or int(number) < 1):
-            told = "finds its calls by running" if name in PARALLEL else "M is a number of calls, 1 or more"
-            raise RequestError(f"--solvers {one}: {told}; give {name}{'' if name in PARALLEL else '@6'}")
+        if at and name in PARALLEL:
+            raise RequestError(f"--solvers {one}: it finds its calls by running; give {name}")
+        least = 2 if name == "epd" else 1
+        if at and not (number.isascii() and number.isdecimal() and least <= int(number[:5]) <= MOST_CALLS):
+            raise RequestError(
+                f"--solvers {one:.40}: M is a number of calls from {least} to {MOST_CALLS}; give {name}@6"
+            )
         found.setdefault(name, set()).update([int(number)] if at else calls)
-    found.setdefault("euler", set(calls))
+    found.setdefault("euler", set().union(*found.values()))
     return {name: sorted(some) for name, some in found.items()}
 
 

@@ -1,6 +1,7 @@
 """How good each solver's pictures are, for the same prompts and start noise: against calls, evaluations and seconds.
 
     python -m benchmarks quality MODEL [--calls 4 6 8 ..] [--table FILE ..] [--seeds 2] [--plot FILE.png]
+    python -m benchmarks quality MODEL --table FILE --solvers 'dpmpp_2m@6' 'ipndm_2@6'
     python -m benchmarks quality MODEL --preset headline --prompts FILE --reward hpsv2 --reward-model hpsv2=DIR
 
 Every solver gets the most steps that fit a number of sequential calls, on the grid that diffusers gives it for the
@@ -62,8 +63,8 @@ def add(commands: Any) -> None:
         "--solvers",
         nargs="+",
         metavar="NAME[@M]",
-        help="only these (at M calls alone) and euler; epd: the start tables (default: all); "
-        "tables meet the model's own in any case",
+        help="only these and euler: NAME at every number of calls, NAME@M at M alone; 'NAME even' (SD1.5): on even "
+        "times; epd: the start tables (default: all); tables meet the model's own solver in any case",
     )
     command.add_argument("--prompts", type=Path, metavar="FILE", help="one a line (default: held-out captions)")
     command.add_argument("--count", type=int, default=64, metavar="B", help="prompts used (default 64)")
@@ -236,7 +237,10 @@ def _check(options: argparse.Namespace) -> None:
         raise RequestError("--calls, --seeds and --batch must be 1 or more, --count 2 or more")
     if options.reference_steps < 0 or options.seed < 0:
         raise RequestError("--reference-steps and --seed must be 0 or more")
-    _check_fine(options.reference_steps, max(calls))
+    own = options.solvers is not None and all("@" in name for name in options.solvers)
+    if own and options.calls:
+        raise RequestError("--calls: each of --solvers has its own number; leave --calls out, or a @M")
+    _check_fine(options.reference_steps, 0 if own else max(calls))
     for low, high in options.guidance_interval:
         if not 0 <= low < high:
             raise RequestError(f"--guidance-interval is two sigmas with 0 <= LO < HI, got {low:g} {high:g}")

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,7 +115,8 @@ def _verdict(versus: Versus, name: str) -> str:
     """Better, worse or neither, and by how much."""
     over, rule = versus.over[name], metric(name)
     word = {True: "better", False: "worse", None: "no clear difference"}[over.clear(rule.higher)]
-    return f"{word}, {_value(name, over, '+')} {rule.title} over {versus.name}"
+    among = f", the best of {versus.among}" if versus.among > 1 else ""
+    return f"{word}, {_value(name, over, '+')} {rule.title} over {versus.name}{among}"
 
 
 def comma_separated(quality: Quality) -> str:
@@ -221,24 +222,22 @@ def plot(quality: Quality, file: Path) -> None:
     images = f"{quality.prompts} prompts x {quality.seeds}"
     figure.suptitle(f"{quality.model}, guidance {quality.guidance:g}: {images}, 95 % intervals")
     lines, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside right center", frameon=False, fontsize=8 if len(labels) < 36 else 7)
+    figure.legend(
+        lines, labels, loc="outside right center", frameon=False, fontsize=8 if len(labels) < 36 else 7, handlelength=5
+    )
     save(figure, file)
 
 
 def _panel(axes: Any, rows: Sequence[Row], name: str, work: str) -> None:
     """One metric against one kind of work, a line for every solver."""
-    alike: dict[int | None, int] = {}  # tables so far, by K
+    dashes = _dashes(rows)
     for label in dict.fromkeys(_label(row) for row in rows):
         some = [row for row in rows if _label(row) == label and name in row.figures and getattr(row, work) is not None]
         some.sort(key=lambda row: getattr(row, work))
         if not some:
             continue
-        look = _look(some[0])
-        if some[0].kind == "table":
-            alike[some[0].k] = alike.get(some[0].k, -1) + 1
-            look["linestyle"] = _DASHES[alike[some[0].k] % len(_DASHES)]
         x, figures = [getattr(row, work) for row in some], [row.figures[name] for row in some]
-        (line,) = axes.plot(x, [f.mean for f in figures], label=label, **look)
+        (line,) = axes.plot(x, [f.mean for f in figures], label=label, **_look(some[0]) | dashes.get(label, {}))
         for at, figure in zip(x, figures, strict=True):  # not error bars: the figure may lie outside
             if figure.low is not None:
                 axes.vlines(at, figure.low, figure.high, line.get_color(), linewidth=0.6)
@@ -246,25 +245,35 @@ def _panel(axes: Any, rows: Sequence[Row], name: str, work: str) -> None:
     if not metric(name).higher:
         axes.set_yscale("log", nonpositive="clip")
     if work != "seconds":
-        ticks = [round(x) for x in _apart(getattr(row, work) for row in rows)]
+        first = sorted(rows, key=lambda row: (row.kind != "table", getattr(row, work)))
+        ticks = _apart([round(getattr(row, work)) for row in first])
         axes.set_xticks(ticks, list(map(str, ticks)))
         axes.minorticks_off()
     plain(axes)
 
 
-def _apart(values: Iterable[float]) -> list[float]:
-    """Those that have room for a number each on a logarithmic axis."""
-    found: list[float] = []
-    for value in sorted({*values}):
-        if not found or value >= 1.12 * found[-1]:
+def _apart(values: Sequence[int]) -> list[int]:
+    """Those that have room for a number each on a logarithmic axis; the first ones have it before the others."""
+    room = (max(values) / min(values)) ** (1 / _TICKS)
+    found: list[int] = []
+    for value in values:
+        if all(max(value, other) > room * min(value, other) for other in found):
             found.append(value)
-    return found
+    return sorted(found)
+
+
+def _dashes(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """By label: tables of as many directions differ in their dashes."""
+    labels = dict.fromkeys((row.k, _label(row)) for row in rows if row.kind == "table")
+    alike = {k: [label for other, label in labels if other == k] for k, _ in labels}
+    return {label: {"linestyle": _DASHES[i % len(_DASHES)]} for some in alike.values() for i, label in enumerate(some)}
 
 
 _COLOURS = {"euler": "black", "heun": "0.55", "dpm2": "0.7", "dpmpp": "tab:blue", "unipc": "tab:green",
             "deis": "tab:purple", "ipndm": "tab:orange", "paradigms": "tab:brown", "parataa": "tab:olive",
             "start table K": "lightcoral"}  # fmt: skip
 _TABLES = ("firebrick", "deeppink", "crimson", "orangered")  # by K
+_TICKS = 16  # numbers that an axis has room for
 _DASHES = ("-", "--", ":", "-.")  # of tables of as many directions
 _MARKERS = {"1": "o", "2": "s", "3": "^", "4": "D", "2s": "v", "2m": "s", "3m": "^"}
 

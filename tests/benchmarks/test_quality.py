@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -61,6 +62,7 @@ def test_solvers_are_chosen_by_the_names_they_are_told_by(bench):
         return [(one.name, one.calls) for one in entrants(bench, [4, 6], [], only)]
 
     assert chosen("dpmpp_2m") == [("euler", 4), ("euler", 6), ("dpmpp_2m", 4), ("dpmpp_2m", 6)]
+    assert chosen("dpmpp_2m@5") == [("euler", 5), ("dpmpp_2m", 5)]  # which are compared
     assert chosen("dpmpp_2m@5", "euler@4") == [("euler", 4), ("dpmpp_2m", 5)]
     assert chosen("dpmpp_2m@5", "dpmpp_2m", "euler@4")[1:] == [("dpmpp_2m", n) for n in (4, 5, 6)]
     assert len(chosen("epd@6", "euler@4")) == 4  # K = 1, 2, 3
@@ -277,7 +279,7 @@ def _check_table(rows, tables):
         word = "better" if over["low"] > 0 else "worse" if over["high"] < 0 else "no clear difference"
         equal = {"closest": "sequential calls", "closest_by_work": "total evaluations"}[name]
         told = f"{over['mean']:+.2f} ± {(over['high'] - over['low']) / 2:.2f} PSNR dB over {best['solver']}"
-        assert f"- mine, {calls} {equal}: {word}, {told}" in tables
+        assert f"- mine, {calls} {equal}: {word}, {told}, the best of {len(others)}\n" in tables
     assert all(row["closest"] is None for row in rows if row["kind"] != "table")
 
 
@@ -290,8 +292,21 @@ def _check_planners(rows, made, digest):
 
 
 def test_numbers_of_an_axis_do_not_overlap():
-    assert report._apart([20, 4, 19, 6, 6, 7]) == [4, 6, 7, 19]
-    assert report._apart([]) == []
+    """Those of tables come first."""
+    assert report._apart([4, 6, 8, 10, 20, 7, 9, 11, 12, 15, 16, 19, 28]) == [4, 6, 7, 8, 10, 12, 15, 20, 28]
+    assert report._apart([5]) == [5]
+    many = report._apart(range(3, 281))
+    assert len(many) < report._TICKS + 2
+    assert min(b / a for a, b in itertools.pairwise(many)) > 1.3
+
+
+def test_tables_of_as_many_directions_differ_in_their_dashes():
+    def row(solver, k, kind="table"):
+        return comparison.Row(solver, kind, 4, 3, k, None, None, 4, 4, 8, None, {}, None, None, None, None)
+
+    rows = [row("a-k1-calls4", 1), row("b-k1-calls4", 1), row("a-k1-calls6", 1), row("a-k2-calls4", 2)]
+    found = report._dashes([*rows, row("euler", None, "solver")])
+    assert {label: look["linestyle"] for label, look in found.items()} == {"a-k1": "-", "b-k1": "--", "a-k2": "-"}
 
 
 def test_euler_is_zero_over_itself_and_errors_are_finite(bundles, prompts, capsys):
@@ -334,8 +349,15 @@ def test_references_that_disagree_are_refused(bundles, prompts, capsys):
         (["--reference-steps", "0", "--figures", "f.json"], "need a reference"),
         (["--prompts", "PROMPTS", "--baseline", "heun", "--solvers", "euler"], "no baseline 'heun' among what is run"),
         (["--prompts", "PROMPTS", "--solvers", "hein@4"], "unknown solver 'hein'; choose from euler"),
-        (["--prompts", "PROMPTS", "--solvers", "heun@x"], "M is a number of calls, 1 or more; give heun@6"),
+        (["--prompts", "PROMPTS", "--solvers", "heun@x"], "heun@x: M is a number of calls from 1 to 1000; give heun@6"),
+        (["--prompts", "PROMPTS", "--solvers", f"heun@{'9' * 5000}"], "M is a number of calls from 1 to 1000"),
+        (["--prompts", "PROMPTS", "--solvers", "epd@1"], "M is a number of calls from 2 to 1000"),
         (["--prompts", "PROMPTS", "--solvers", "parataa@4"], "finds its calls by running; give parataa"),
+        (["--prompts", "PROMPTS", "--solvers", "heun@4", "--calls", "4"], "leave --calls out"),
+        (
+            ["--prompts", "PROMPTS", "--solvers", "heun@9", "--reference-steps", "9"],
+            "above the most calls that are comp",
+        ),
         (["--prompts", "PROMPTS", "--baseline", "euler@5", "--solvers", "euler"], "is not run at '5' calls"),
         (["--prompts", "PROMPTS", "--reward-model", "hpsv2=x"], "not among --reward; leave it out"),
         (["--prompts", "PROMPTS", "--teacher", "OTHER"], "no bundle of the same model"),

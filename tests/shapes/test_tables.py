@@ -63,6 +63,23 @@ def test_a_command_that_fails_is_told_in_a_line(tmp_path, capfd, monkeypatch):
     assert "Traceback" not in told
 
 
+def test_a_shipped_table_stays_where_it_is_the_closer_one():
+    def table(psnr, r, **others):
+        quality = {"psnr_db": psnr, "images": 121, "own_solver_db": 52.26, **others}
+        return Table(times=[1.0, 0.1], r=[[r]], w=[[1.0]], provenance={"quality": quality})
+
+    made = {name: table(30.0, 0.5) for name in "abcd"}
+    known = {
+        "a": table(30.1, 0.4),
+        "b": table(29.9, 0.4),
+        "c": table(30.1, 0.4, own_solver_db=50.0),
+        "e": table(99, 0.4),
+    }
+    assert {name: float(one.r[0, 0]) for name, one in tables.closer(made, known).items()} == {
+        "a": 0.4, "b": 0.5, "c": 0.5, "d": 0.5
+    }  # fmt: skip
+
+
 def test_no_caption_has_two_uses(tmp_path):
     tables.write_captions(tmp_path)
     learn, validate = ((tmp_path / f"{name}.txt").read_text(encoding="utf-8").split("\n") for name in tables.SETS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,12 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 SIZES = {"sd3": (80, 112), "sd15": (72, 104)}  # height, width: nothing may be fitted to the shapes models
+
+
+def pytest_configure() -> None:
+    """Tests of Ctrl-C hold in a run, too, that a script has put in the background, which begins with it ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

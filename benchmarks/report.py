@@ -244,18 +244,19 @@ def _panel(axes: Any, rows: Sequence[Row], name: str, work: str) -> None:
     axes.set_xscale("log")
     if not metric(name).higher:
         axes.set_yscale("log", nonpositive="clip")
-    if work != "seconds":
-        first = sorted(rows, key=lambda row: (row.kind != "table", getattr(row, work)))
-        ticks = _apart([round(getattr(row, work)) for row in first])
-        axes.set_xticks(ticks, list(map(str, ticks)))
-        axes.minorticks_off()
+    first = sorted(rows, key=lambda row: (row.kind != "table", getattr(row, work) or 0))
+    ticks = _apart(
+        [float(f"{value:.2g}") for row in first if (value := getattr(row, work))], 7 if work == "seconds" else 16
+    )
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
     plain(axes)
 
 
-def _apart(values: Sequence[int]) -> list[int]:
-    """Those that have room for a number each on a logarithmic axis; the first ones have it before the others."""
-    room = (max(values) / min(values)) ** (1 / _TICKS)
-    found: list[int] = []
+def _apart(values: Sequence[float], most: int) -> list[float]:
+    """Those that have room on a logarithmic axis for `most` numbers; the first ones have it before the others."""
+    room = (max(values, default=1) / min(values, default=1)) ** (1 / most)
+    found: list[float] = []
     for value in values:
         if all(max(value, other) > room * min(value, other) for other in found):
             found.append(value)
@@ -273,7 +274,6 @@ _COLOURS = {"euler": "black", "heun": "0.55", "dpm2": "0.7", "dpmpp": "tab:blue"
             "deis": "tab:purple", "ipndm": "tab:orange", "paradigms": "tab:brown", "parataa": "tab:olive",
             "start table K": "lightcoral"}  # fmt: skip
 _TABLES = ("firebrick", "deeppink", "crimson", "orangered")  # by K
-_TICKS = 16  # numbers that an axis has room for
 _DASHES = ("-", "--", ":", "-.")  # of tables of as many directions
 _MARKERS = {"1": "o", "2": "s", "3": "^", "4": "D", "2s": "v", "2m": "s", "3m": "^"}
 

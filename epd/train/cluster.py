@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import functools
 import itertools
+import logging
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -86,7 +87,7 @@ def connected(address: str) -> Any:
         where = {"include_dashboard": False} if address == "local" else {"address": address}
         try:
             _reach(address)
-            ray.init(log_to_driver=False, logging_level="error", **where)
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **where)
         except (ValueError, OSError, RuntimeError) as error:
             told = " ".join(str(error).split())
             raise RequestError(f"--ray {address}: no cluster is reached there ({told:.150})") from None

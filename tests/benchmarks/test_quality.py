@@ -293,10 +293,13 @@ def _check_planners(rows, made, digest):
 
 def test_numbers_of_an_axis_do_not_overlap():
     """Those of tables come first."""
-    assert report._apart([4, 6, 8, 10, 20, 7, 9, 11, 12, 15, 16, 19, 28]) == [4, 6, 7, 8, 10, 12, 15, 20, 28]
-    assert report._apart([5]) == [5]
-    many = report._apart(range(3, 281))
-    assert len(many) < report._TICKS + 2
+    values = [4, 6, 8, 10, 20, 7, 9, 11, 12, 15, 16, 19, 28]
+    assert report._apart(values, 16) == [4, 6, 7, 8, 10, 12, 15, 20, 28]
+    assert report._apart(values, 7) == [4, 6, 8, 11, 15, 20, 28]
+    assert report._apart([5], 16) == [5]
+    assert report._apart([], 16) == []  # seconds that are not known
+    many = report._apart(range(3, 281), 16)
+    assert len(many) < 18
     assert min(b / a for a, b in itertools.pairwise(many)) > 1.3
 
 

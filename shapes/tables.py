@@ -132,6 +132,7 @@ def ship(family: str, work: Path) -> None:
     check_recipe(work)
     known = {file.name: Table.load(file) for file in SHIPPED.glob(f"shapes-{family}-*.json")}
     tables = closer(_validated(family, work, files), known)
+    tables = {name: table for name, table in tables.items() if better_than_fitted(name, tables)}
     for name, table in tables.items():
         table.save(SHIPPED / name)
     for old in SHIPPED.glob(f"shapes-{family}-*.json"):
@@ -154,13 +155,12 @@ def _validated(family: str, work: Path, files: Sequence[Path]) -> dict[str, Tabl
     found = {row["table"]: row["figures"]["psnr_db"]["mean"] for row in result["rows"] if row["table"] is not None}
     told = {"images": result["prompts"], "own_solver": f"{defaults.solver}, {defaults.steps} steps"}
     told |= {"own_solver_db": round(own, 2)}
-    tables = {
+    return {
         file.name: replace(table, provenance={**(table.provenance or {}), "quality": {"psnr_db": decibels, **told}})
         for file in files
         for table in [Table.load(file)]
         for decibels in [round(found[digest(table)], 2)]
     }
-    return {name: table for name, table in tables.items() if better_than_fitted(name, tables)}
 
 
 def better_than_fitted(name: str, tables: Mapping[str, Table]) -> bool:

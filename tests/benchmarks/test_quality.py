@@ -1,7 +1,6 @@
 """`python -m benchmarks quality` on bundles small enough to read."""
 
 import csv
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -13,111 +12,18 @@ import numpy as np
 import pytest
 
 import epd
-from benchmarks import comparison, metrics, quality, report
+from benchmarks import comparison, quality, report
 from benchmarks.__main__ import main
-from benchmarks.bench import Attempt, Bench, Trajectories
-from benchmarks.entrants import asked, entrants, headline, own_solver, references
-from benchmarks.metrics import Judge, Networks, Opened, check_classifier, checked
-from runtime import figures, profiles
+from benchmarks.bench import Attempt, Bench
+from benchmarks.entrants import entrants, references
+from runtime import figures
 from runtime.errors import NotFiniteError
-from runtime.judge import psnr
 from runtime.pipeline import Pipeline
 from runtime.png import version
 
-pytestmark = pytest.mark.usefixtures("cache")
+pytestmark = pytest.mark.usefixtures("cache", "calm")
 
 SHORT = ["--calls", "3", "4", "--count", "3", "--batch", "2", "--reference-steps", "60"]
-
-
-@pytest.fixture(params=["sd3", "sd15"])
-def bench(request, bundles):
-    return Bench(Pipeline.from_pretrained(bundles[request.param]), ["red", "blue cat", ""], 4.0, 2)
-
-
-@pytest.fixture(autouse=True)
-def calm(monkeypatch):
-    monkeypatch.setattr(profiles, "BUSY", 1e9)  # calls of so small a graph are never alike
-
-
-@pytest.fixture(scope="session")
-def prompts(tmp_path_factory):
-    file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
-    file.write_text("red\n\nblue cat\nsquare\nnever used\n", encoding="utf-8")
-    return str(file)
-
-
-def test_every_solver_has_the_most_steps_that_fit(bench):
-    for attempt in entrants(bench, [3, 4, 7], [], None):
-        if attempt.calls is not None:
-            assert asked(attempt.solver) <= attempt.calls
-            assert asked(attempt.solver) > attempt.calls - 2
-    found = {attempt.name for attempt in entrants(bench, [4], [], None)}
-    methods = epd.solvers.METHODS.values()
-    assert {m.name for m in methods if not m.noisy and m.calls} <= found
-    assert not {m.name for m in methods if m.noisy} & found
-
-
-def test_solvers_are_chosen_by_the_names_they_are_told_by(bench):
-    def chosen(*only):
-        return [(one.name, one.calls) for one in entrants(bench, [4, 6], [], only)]
-
-    assert chosen("dpmpp_2m") == [("euler", 4), ("euler", 6), ("dpmpp_2m", 4), ("dpmpp_2m", 6)]
-    assert chosen("dpmpp_2m@5") == [("euler", 5), ("dpmpp_2m", 5)]  # which are compared
-    assert chosen("dpmpp_2m@5", "euler@4") == [("euler", 4), ("dpmpp_2m", 5)]
-    assert chosen("dpmpp_2m@5", "dpmpp_2m", "euler@4")[1:] == [("dpmpp_2m", n) for n in (4, 5, 6)]
-    assert len(chosen("epd@6", "euler@4")) == 4  # K = 1, 2, 3
-    if not bench.flow:
-        assert chosen("dpmpp_2m even@5", "euler@4") == [("euler", 4), ("dpmpp_2m even", 5)]
-
-
-@pytest.mark.slow
-def test_work_is_what_the_driver_counts(bench):
-    """Alone and by hand, image by image: the same latents, the same calls; guidance doubles the rows."""
-    for attempt in entrants(bench, [5], [], ["heun", "dpmpp_3m", "epd", "parataa"]):
-        found = bench.run(attempt)
-        counted = []
-        for i, prompt in enumerate(bench.prompts):
-            slopes = bench.pipe.slopes([prompt], 4.0)
-            *_, last = epd.solve(attempt.solver, attempt.start_scale * bench._noise[i : i + 1], slopes)
-            np.testing.assert_allclose(found.latents[i], last.x[0] / attempt.end_scale, rtol=1e-4, atol=1e-5)
-            counted.append((last.calls, last.evaluations, slopes.guided_forwards))
-        work = (found.sequential_calls, found.total_evaluations, found.guided_forwards)
-        assert work == pytest.approx(np.mean(counted, 0).tolist())
-        assert work[2] == pytest.approx(2 * work[1])
-
-
-def test_tables_and_even_entrants_start_where_the_references_do(bench, tmp_path):
-    """SD1.5: sigma times the noise; the solvers on DDIM's own grid start as users get them."""
-    file = tmp_path / "mine.json"
-    first = 1.0 if bench.flow else float(epd.schedule.SD15.sigma(999))
-    epd.start_table([first, first / 2, first / 100], 2).save(file)
-    pair = references(bench, 40)
-    names = ["euler", "dpmpp_2m", *(() if bench.flow else ("euler even", "dpmpp_2m even"))]
-    found = entrants(bench, [4], [file], names)
-    same = [*pair, *(one for one in found if one.kind == "table" or one.name.endswith(" even"))]
-    assert len(same) == (3 if bench.flow else 7)  # both in 4 calls and, as many as the table evaluates, in 6
-    assert {(one.times[0], one.start_scale) for one in same} == {(first, first)}
-    own = next(one for one in found if one.name == "euler")
-    assert own.start_scale == bench.pipe.plan("", solver="euler", num_inference_steps=4).start_scale
-    assert bench.flow or own.start_scale == math.hypot(1, own.times[0])
-
-
-def test_tables_of_one_name_are_told_apart(bench, tmp_path):
-    files = [tmp_path / folder / f"{name}.json" for folder, name in (("a", "my"), ("b", "my"), ("a", "euler"))]
-    for file in files:
-        file.parent.mkdir(exist_ok=True)
-        epd.start_table([0.9, 0.1], 2).save(file)
-    found = entrants(bench, [4], files, ["euler"])
-    assert [one.name for one in found if one.kind == "table"] == [str(file) for file in files]
-    assert len({(one.name, one.calls) for one in found}) == len(found)
-
-
-def test_a_table_is_planned_at_the_guidance_it_runs_with(bench, tmp_path, caplog):
-    for guidance in (4.0, 2.0):
-        epd.Table(times=[0.9, 0.1], r=[[0.5]], w=[[1.0]], guidance=guidance).save(tmp_path / f"{guidance}.json")
-        entrants(bench, [4], [tmp_path / f"{guidance}.json"], ["euler"])
-    assert "guidance 4.0" not in caplog.text
-    assert "guidance 2.0 (here 4)" in caplog.text
 
 
 def test_what_is_kept_belongs_to_one_provider_and_version(bench, monkeypatch):
@@ -151,21 +57,6 @@ def test_what_is_kept_and_damaged_is_made_again(bench, tmp_path):
     assert bench.kept("some", lambda: {"x": np.arange(4)})["x"].tolist() == [0, 1, 2, 3]
     assert bench.kept("some", lambda: None)["x"].tolist() == [0, 1, 2, 3]
     assert made["x"].tolist() == [0, 1, 2]
-
-
-def test_rewards_are_known_by_their_weights_and_source(tmp_path, monkeypatch):
-    """Those in a folder too; without networks the name of what is kept is as it was."""
-    assert Networks()._identity() == "[[], []]"
-    (tmp_path / "clip" / "deep").mkdir(parents=True)
-    weights, source = tmp_path / "clip" / "deep" / "model.bin", tmp_path / "my_own_reward.py"
-    monkeypatch.syspath_prepend(tmp_path)
-    found = []
-    for text in ("1", "22"):
-        weights.write_text(text)
-        found.append(Networks(rewards={"clip": tmp_path / "clip"})._identity())
-        source.write_text(f"def good(shot):\n    return {text}\n")
-        found.append(Networks(rewards={"my_own_reward.good": None})._identity())
-    assert len({*found}) == 4
 
 
 @pytest.mark.parametrize(
@@ -217,12 +108,6 @@ def test_files_are_written_where_nobody_reads_the_result(bundles, prompts, tmp_p
 def test_the_first_images_are_those_of_all(bench):
     attempt = references(bench, 6)[0]
     np.testing.assert_allclose(bench.run(attempt, 2).latents, bench.run(attempt).latents[:2], rtol=1e-5, atol=1e-6)
-
-
-def test_psnr():
-    truth = np.random.default_rng(0).random((2, 4, 4, 3)).astype(np.float32)
-    assert psnr(truth, truth + np.float32(0.1)) == pytest.approx([20, 20], abs=1e-4)
-    assert psnr(truth, truth).tolist() == [120, 120]
 
 
 @pytest.mark.parametrize("family", ["sd3", pytest.param("sd15", marks=pytest.mark.slow)])
@@ -488,49 +373,11 @@ def test_tables_meet_the_models_own_solver_in_its_own_steps(bundles, prompts, tm
     assert f"- mine, 4 sequential calls: {'better' if over > 0 else 'worse'}, {over:+.2f} ± " in page
 
 
-def test_the_own_solver_meets_tables_only(bench, tmp_path):
-    epd.start_table([0.9, 0.5, 0.1], 2).save(tmp_path / "mine.json")
-    without = entrants(bench, [4], [], ["heun"])
-    assert all(attempt.calls == 4 for attempt in without)
-    beside = entrants(bench, [4], [tmp_path / "mine.json"], ["heun"], intervals=[(0.1, 0.5)])
-    assert [attempt.interval for attempt in beside if attempt.calls == 3] == [None]
-
-
-@pytest.mark.parametrize(("solver", "calls", "first"), [("heun", 5, "heun"), ("lcm", None, "euler")])
-def test_the_headline_begins_with_the_own_solver_in_its_own_steps(bundles, solver, calls, first, tmp_path):
-    """Of two calls a step too; Euler stands for one that adds noise."""
-    bench = Bench(Pipeline.from_pretrained(bundles["sd3"]), ["red", "blue"], 4.0, 2)
-    facts = bench.pipe.bundle.facts
-    bench.pipe.bundle = dataclasses.replace(
-        bench.pipe.bundle, facts=dataclasses.replace(facts, defaults=dataclasses.replace(facts.defaults, solver=solver))
-    )
-    own = own_solver(bench)
-    assert (None if own is None else own.calls) == calls
-    made = headline(bench, [])
-    assert (made[0].name, made[0].calls) == (first, calls or 20)
-    assert [attempt.calls for attempt in made[bool(own) :]] == [20] * 3
-
-
 def test_references_are_finer_than_the_own_solver_too(bundles, prompts, tmp_path, capsys):
     epd.start_table([0.9, 0.5, 0.1], 2).save(tmp_path / "mine.json")
     command = ["quality", str(bundles["sd3"]), "--prompts", prompts, "--calls", "1", "--solvers", "euler"]
     assert main([*command, "--table", str(tmp_path / "mine.json"), "--reference-steps", "6"]) == 2
     assert "--reference-steps 6 must be above the most calls that are compared, 6" in capsys.readouterr().err
-
-
-def test_work_beyond_a_limit_is_not_matched(bench, tmp_path):
-    epd.start_table([0.9, 0.5, 0.1], 3).save(tmp_path / "mine.json")  # 4 calls, 8 evaluations
-    for most, calls in ((math.inf, {3, 4, 8}), (8, {3, 4, 8}), (7, {3, 4})):
-        found = entrants(bench, [3], [tmp_path / "mine.json"], ["euler"], most_work=most)
-        assert {one.calls for one in found} == calls
-
-
-@pytest.mark.parametrize(
-    ("values", "message"), [([1.0, math.nan, 0.0], "gave NaN or infinity"), ([1.0], r"gave shape \(1,\)")]
-)
-def test_a_reward_that_is_none_is_told(values, message):
-    with pytest.raises(ValueError, match=f"the reward bad {message}"):
-        checked("bad", values, 3)
 
 
 @pytest.mark.slow
@@ -564,67 +411,3 @@ def test_the_headline_with_a_learned_reward(bundles, prompts, tmp_path, capsys):
     assert len({row["figures"]["clip"]["mean"] for row in rows}) == 4
     assert main([*command, "--reward", "shapes"]) == 2
     assert "the reward shapes reads 64x64 pictures, this model draws 16x16" in capsys.readouterr().err
-
-
-def test_the_classifier_needs_safetensors(monkeypatch):
-    check_classifier()
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install safetensors"):
-        check_classifier()
-
-
-def test_large_pictures_are_judged_few_at_once(bench, monkeypatch):
-    """With as little memory as can be: the same figures."""
-    (first, _), attempt = references(bench, 60), entrants(bench, [3], [], ["euler"])[0]
-    truth, found, told = bench.run(first), bench.run(attempt), Opened(None, None, {"shade": shade}, "")
-    whole = Judge(bench, truth, "", None, told).measure(attempt, found)
-    decoded = []
-    pictures = bench.pictures
-    monkeypatch.setattr(bench, "pictures", lambda latents: decoded.append(len(latents)) or pictures(latents))
-    monkeypatch.setattr(metrics, "AT_ONCE", 2)
-    monkeypatch.setattr(metrics, "KEPT_BYTES", 2 * 16 * 16 * 3 * 4)  # those of the first two
-    judge = Judge(bench, truth, "", None, told)
-    for _ in range(2):
-        parts = judge.measure(attempt, found)
-        assert {name: one.figure() for name, one in parts.items()} == {
-            name: one.figure() for name, one in whole.items()
-        }
-    assert decoded == [2, 2, 1, 1, 2, 1, 1]  # its own and the converged ones, of which only the first are kept
-
-
-def shade(pictures, images):
-    """A reward that has to be told which images these are."""
-    return pictures.mean((1, 2, 3)) * np.arange(1, 4)[images]
-
-
-def test_captions_are_judged_by_what_they_say(monkeypatch):
-    """Renderings of the captions themselves are right, and near renderings from other seeds; shuffled ones are not."""
-    from shapes.captions import held_out_scenes
-    from shapes.render import render
-
-    scenes = [scene for scene in held_out_scenes(12, 3) for _ in range(2)]
-    drawn = np.stack([np.asarray(render(scene, i), np.float32) / 255 for i, scene in enumerate(scenes)])
-    shown = {"right": drawn, "shuffled": drawn[::-1]}
-
-    class Fixed:
-        """A bench whose attempts are pictures."""
-
-        prompts, seeds = [scene.caption for scene in scenes], 2
-
-        def pictures(self, latents):
-            return latents
-
-        def kept(self, name, make):
-            return make()
-
-        def key(self, attempt):
-            return ""
-
-    judge = Judge(Fixed(), None, "", scenes, Networks().open([], (64, 64)))
-    attempt = Attempt("x", None, (1.0, 0.0), 1.0, 1.0)
-    found = {name: judge.measure(attempt, Trajectories(pictures, 1, 1, 1)) for name, pictures in shown.items()}
-    assert {name: one["right"].value for name, one in found.items()} == {"right": 1, "shuffled": 0}
-    assert found["right"]["frechet"].value == pytest.approx(found["shuffled"]["frechet"].value)  # a set has no order
-    assert found["right"]["frechet"].value < 1
-    assert (found["shuffled"]["right"] - found["right"]["right"]).figure().clear() is False
-    assert judge.frechet_to == "renderings of the same captions"
